@@ -1,0 +1,69 @@
+# `make demo` needs only Python >= 3.11; everything else is set up in $(VENV), once.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := torch==2.13.0
+PYTEST_ARGS ?=
+BENCH ?= $(sort $(wildcard benchmarks/[a-z]*.py))
+PROMPT ?= Write a short Python function that adds two numbers, then show three examples of calling it.
+
+.PHONY: help demo test test-fast test-real lint format bench venv clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+demo: $(VENV)/.stamp-core  ## Answer a prompt with the default model, accepted draft tokens tinted
+	$(BIN)/dspark generate "$(PROMPT)" --show-accepted --stats
+
+test: test-fast test-real  ## Run the fast tests, then those on real weights
+
+test-fast: $(VENV)/.stamp-dev  ## Run the tests that need neither network nor weights
+	$(BIN)/python -m pytest -m "not real and not slow and not gpu" $(PYTEST_ARGS)
+
+test-real: $(VENV)/.stamp-dev  ## Run the tests on real weights (fetched on first use)
+	$(BIN)/python -m pytest -m "real and not slow and not gpu" $(PYTEST_ARGS)
+
+lint: $(VENV)/.stamp-dev  ## Check format, style, types and the arrows between modules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.stamp-dev  ## Format the code and mend what ruff can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.stamp-dev  ## Run the benchmarks (BENCH=benchmarks/NAME.py for one)
+	@set -e; for script in $(BENCH); do echo "== $$script"; $(BIN)/python $$script; done
+
+venv: $(VENV)/.stamp-dev  ## Set up the environment for development
+
+clean:  ## Remove the environment and everything built
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.stamp-python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: dspark needs Python 3.11 or newer, but '$(PYTHON)' is" \
+	    "$$($(PYTHON) --version 2>&1 || echo missing)." >&2; \
+	  echo "hint: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch goes first and alone: it is the largest download, and what follows must not replace it.
+$(VENV)/.stamp-torch: $(VENV)/.stamp-python
+	$(PIP) install $(TORCH)
+	@touch $@
+
+$(VENV)/.stamp-core: $(VENV)/.stamp-torch pyproject.toml constraints.txt
+	$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-torch pyproject.toml constraints.txt
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $(VENV)/.stamp-core $@

@@ -1,0 +1,161 @@
+"""A request in the engine: its state from submission to result."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from dspark.output import OutputText, TextPiece
+from dspark.payoff import PayoffSwitch
+from dspark.request import (
+    FinishReason,
+    GenerationResult,
+    RequestStats,
+    Rule,
+    SamplingParams,
+    TokenLogprob,
+)
+from dspark.verify.noise import NoiseKey
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["ActiveRequest", "Phase"]
+
+
+class Phase(Enum):
+    """Where a request stands."""
+
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    DONE = "done"
+
+
+@dataclass(eq=False, slots=True)
+class ActiveRequest:
+    """One sample of one prompt.
+
+    Attributes:
+        request_id: Stable identity.
+        prompt: Prompt token ids.
+        params: Sampling parameters.
+        rule: Acceptance rule in force.
+        noise: Noise key.
+        output: Decoder and stop strings.
+        bad_words: Token sequences that must not be completed.
+        prompt_index: Index of the prompt in the caller's list.
+        leader: The request with the same prompt that prefills first, or None.
+        tokens: Prompt and generated tokens; the last one is the anchor once decoding.
+        phase: Where it stands.
+        slot: Slot in the cache while it has one.
+        rounds: Rounds run.
+        finish_reason: Why it ended.
+        error: One sentence if it failed.
+    """
+
+    request_id: int
+    prompt: list[int]
+    params: SamplingParams
+    rule: Rule
+    noise: NoiseKey
+    output: OutputText
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    prompt_index: int = 0
+    leader: ActiveRequest | None = None
+    tokens: list[int] = field(default_factory=list)
+    phase: Phase = Phase.WAITING
+    slot: int | None = None
+    rounds: int = 0
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    hint: str | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    stats: RequestStats = field(default_factory=RequestStats)
+    switch: PayoffSwitch = field(default_factory=PayoffSwitch)
+    features: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    pieces: list[TextPiece] = field(default_factory=list)
+    fresh: list[int] = field(default_factory=list)
+    committed_before: int = 0
+    submitted_at: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt)
+        self.stats.prompt_tokens = len(self.prompt)
+
+    @property
+    def generated(self) -> list[int]:
+        """Generated token ids."""
+        return self.tokens[len(self.prompt) :]
+
+    @property
+    def num_generated(self) -> int:
+        """How many tokens were generated."""
+        return len(self.tokens) - len(self.prompt)
+
+    def remaining(self, max_positions: int) -> int:
+        """Tokens it may still generate."""
+        by_context = max_positions - len(self.tokens)
+        return min(self.params.max_tokens - self.num_generated, by_context)
+
+    def append(
+        self, token: int, *, is_drafted: bool, eos: frozenset[int], max_positions: int
+    ) -> bool:
+        """Add a generated token; end the request if it ends the text.
+
+        Args:
+            token: The token.
+            is_drafted: True for an accepted draft token.
+            eos: Tokens that end a text.
+            max_positions: The target's longest context.
+
+        Returns:
+            True if the request goes on.
+        """
+        self.tokens.append(token)
+        self.fresh.append(token)
+        if self.num_generated == 1:
+            self.stats.time_to_first_token = time.perf_counter() - self.submitted_at
+        if token in eos and not self.params.ignore_eos:
+            self._end(FinishReason.STOP)
+        elif self.output.push(token, is_drafted=is_drafted):
+            self._end(FinishReason.STOP)
+        elif self.remaining(max_positions) <= 0:
+            self._end(FinishReason.LENGTH)
+        self.pieces.extend(self.output.take(is_final=self.phase is Phase.DONE))
+        return self.phase is not Phase.DONE
+
+    def _end(self, reason: FinishReason) -> None:
+        if self.output.finish():
+            reason = FinishReason.STOP
+        self.phase = Phase.DONE
+        self.finish_reason = reason
+
+    def fail(self, error: str, hint: str | None = None) -> None:
+        """End the request with an error."""
+        self.error, self.hint = error, hint
+        self._end(FinishReason.ERROR)
+
+    def cancel(self) -> None:
+        """End the request because nobody wants it any more."""
+        self._end(FinishReason.CANCELLED)
+        self.pieces.extend(self.output.take(is_final=True))
+
+    def result(self) -> GenerationResult:
+        """The finished sample."""
+        self.stats.output_tokens = self.num_generated
+        self.stats.speculation_switched_off = self.switch.off_count
+        return GenerationResult(
+            text=self.output.text,
+            token_ids=self.generated,
+            finish_reason=self.finish_reason or FinishReason.CANCELLED,
+            logprobs=self.logprobs if self.params.logprobs is not None else None,
+            error=self.error,
+            hint=self.hint,
+            stats=self.stats,
+            prompt_index=self.prompt_index,
+            sample_index=self.noise.sample,
+            seed=None if self.rule is Rule.GREEDY else self.noise.seed,
+        )

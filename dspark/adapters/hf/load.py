@@ -1,0 +1,316 @@
+"""Load a transformers model as a Target: adapter, dtype, device, kernels, probe."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.utils import logging as hf_logging
+
+from dspark.adapters.base import FamilyAdapter
+from dspark.adapters.hf import exact, experts
+from dspark.adapters.hf.attention import ATTENTION_NAME, attention_forward, no_mask
+from dspark.adapters.hf.linear import available_kernels, find_windows, linear_shapes
+from dspark.adapters.hf.target import HFTarget
+from dspark.errors import CapabilityError, CheckpointError, ConfigError
+from dspark.registry import LoadedTarget, LoadOptions
+from dspark.text import load_codec
+
+__all__ = ["LOADER", "TransformersLoader", "wrap_model"]
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+# Rotary types whose frequencies follow the longest position in the batch: one request's text would
+# depend on its neighbours.
+_BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+AttentionInterface.register(ATTENTION_NAME, attention_forward)
+AttentionMaskInterface.register(ATTENTION_NAME, no_mask)
+
+
+class TransformersLoader:
+    """Loader (dspark.registry) for every family that has an adapter."""
+
+    priority = 0
+
+    def handles(self, config: Mapping[str, Any]) -> bool:
+        """True for every config that names a model type; unknown ones are refused by `load`."""
+        return "model_type" in config
+
+    def load(self, folder: Path, options: LoadOptions) -> LoadedTarget:
+        """Load a model folder.
+
+        Raises:
+            CheckpointError: If the folder's files cannot be read, or tensors are missing.
+            CapabilityError: If the family is unknown or cannot be tree-verified.
+        """
+        try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, KeyError) as exc:
+            kind = _model_type(folder)
+            adapter_for(kind)  # an unknown family gets its own, clearer refusal
+            raise CheckpointError(f"the config in {folder} cannot be used: {exc}") from exc
+        adapter = adapter_for(config.model_type)
+        _refuse(config, adapter, options.name)
+        device = _device(options.device)
+        dtype = _dtype(options.dtype, device)
+        model = _load_weights(folder, config, adapter, dtype, device)
+        codec = load_codec(folder)
+        generation = _generation_config(folder)
+        target = wrap_model(
+            model,
+            adapter,
+            options,
+            eos_token_ids=_eos_ids(config, generation, codec.eos_token_ids if codec else ()),
+            fingerprint=_fingerprint(folder),
+        )
+        sampling = {}
+        if generation.get("do_sample"):
+            names = [n for n in _SAMPLING_FIELDS if generation.get(n) is not None]
+            sampling = {name: generation[name] for name in names}
+        return LoadedTarget(target=target, codec=codec, sampling=sampling, folder=folder)
+
+
+LOADER = TransformersLoader()
+
+
+def wrap_model(
+    model: Any,
+    adapter: FamilyAdapter,
+    options: LoadOptions,
+    *,
+    eos_token_ids: tuple[int, ...] = (),
+    fingerprint: str = "",
+) -> HFTarget:
+    """Wrap a loaded transformers model; its linear layers are replaced in place.
+
+    Args:
+        model: A causal LM.
+        adapter: Its family.
+        options: Name, exact mode and the folder for the probe's findings.
+        eos_token_ids: Tokens that end a text.
+        fingerprint: What tells these weights from others of the same config.
+
+    Raises:
+        CapabilityError: If exact mode was asked for and does not hold on this machine.
+    """
+    model.eval().requires_grad_(False)
+    model.set_attn_implementation(ATTENTION_NAME)
+    experts.use_row_stable_experts(model)
+    parameter = next(model.parameters())
+    dtype, device = parameter.dtype, parameter.device
+    shapes = sorted({*linear_shapes(model), *experts.expert_shapes(model)})
+    kernels = available_kernels(dtype, device)
+    key = exact.probe_key(
+        model.config.to_dict(), str(dtype), str(device), f"{fingerprint} {kernels}"
+    )
+    folder = options.probe_folder
+    record = exact.read_probe(folder, key) if folder is not None else None
+    windows, kernel = None, kernels[0]
+    if options.exact is not False:
+        for name in [record["kernel"]] if record else kernels:
+            windows = find_windows(shapes, name, dtype, device)
+            if windows is not None:
+                kernel = name
+                break
+    experts.pack_experts(model, kernel, windows)
+    target = HFTarget(
+        model,
+        adapter,
+        name=options.name,
+        kernel=kernel,
+        windows=windows,
+        eos_token_ids=eos_token_ids,
+    )
+    _decide(target, options, folder, key, record, found=windows is not None)
+    return target
+
+
+def _decide(
+    target: HFTarget,
+    options: LoadOptions,
+    folder: Path | None,
+    key: str,
+    record: dict[str, Any] | None,
+    *,
+    found: bool,
+) -> None:
+    holds, cost = False, None
+    if options.exact is not False and found:
+        if record is None:
+            logger.info("checking exact mode of %s on this machine (once)", options.name)
+            holds = exact.check_trees(target)
+            cost = exact.measure_cost(target) if holds else None
+            record = {"kernel": target.kernel, "holds": holds, "cost": cost}
+            if folder is not None:
+                exact.write_probe(folder, key, record)
+        holds, cost = bool(record["holds"]), record["cost"]
+    if options.exact and not holds:
+        raise CapabilityError(
+            f"exact mode does not hold for {options.name} in {target.info.dtype} on this machine: "
+            "its kernels give a row other bits in other company.",
+            hint="leave out --exact, or try another --dtype",
+        )
+    target.set_exactness(
+        exact.report(
+            wanted=options.exact,
+            holds=holds,
+            min_rows=target.min_rows,
+            backend=target.kernel,
+            cost=cost,
+        )
+    )
+
+
+def adapters() -> dict[str, FamilyAdapter]:
+    """Installed adapters by model type."""
+    found: dict[str, FamilyAdapter] = {}
+    for point in entry_points(group="dspark.adapters"):
+        adapter = point.load()
+        found.update(dict.fromkeys(adapter.model_types, adapter))
+    return found
+
+
+def adapter_for(model_type: str) -> FamilyAdapter:
+    """The adapter for a model type.
+
+    Raises:
+        CapabilityError: If there is none.
+    """
+    known = adapters()
+    if model_type not in known:
+        raise CapabilityError(
+            f"models of type {model_type!r} cannot be tree-verified here; types that can: "
+            f"{', '.join(sorted(known))}.",
+            hint="an adapter can be added by entry point: docs/adapters.md",
+        )
+    return known[model_type]
+
+
+def _refuse(config: Any, adapter: FamilyAdapter, name: str) -> None:
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or [])
+    strange = sorted(kinds - {"full_attention", "sliding_attention", "attention"})
+    reason = adapter.check(text)
+    if strange:
+        reason = f"it has {', '.join(strange)} layers, whose state cannot be rolled back"
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds_of_rope = {str(rope.get("rope_type", "default"))} | {
+        str(part.get("rope_type")) for part in rope.values() if isinstance(part, dict)
+    }
+    if kinds_of_rope & set(_BATCH_DEPENDENT_ROPE):
+        reason = "its rotary embedding depends on the longest request of a batch"
+    if reason is not None:
+        raise CapabilityError(f"{name} cannot be tree-verified: {reason}.")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as exc:
+        raise ConfigError(
+            f"device {name!r} cannot be used here: {str(exc).splitlines()[0]}",
+            hint="use cpu, or auto",
+        ) from exc
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    """Resolve a dtype name; "auto" is bfloat16 where it is computed natively, else float32."""
+    if name != "auto":
+        if name not in _DTYPES:
+            raise ConfigError(f"dtype is {name!r}, but must be auto or {', '.join(_DTYPES)}.")
+        return _DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if device.type == "cpu" and not has_native_bfloat16():
+        return torch.float32
+    return torch.bfloat16
+
+
+def has_native_bfloat16() -> bool:
+    """True if this CPU multiplies bfloat16 in hardware (AVX512-BF16, AMX, Arm BF16)."""
+    try:
+        words = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(words))
+
+
+def _model_type(folder: Path) -> str:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return str(config.get("model_type"))
+
+
+def _load_weights(
+    folder: Path, config: Any, adapter: FamilyAdapter, dtype: torch.dtype, device: torch.device
+) -> Any:
+    for name, value in adapter.config_overrides.items():
+        setattr(config, name, value)
+    level = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=ATTENTION_NAME,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except SafetensorError as exc:
+        raise CheckpointError(f"the weights in {folder} are damaged: {exc}") from exc
+    except (OSError, ValueError, KeyError, RuntimeError) as exc:
+        first = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
+        raise CheckpointError(f"the weights in {folder} cannot be loaded: {first}") from exc
+    finally:
+        hf_logging.set_verbosity(level)
+    missing = sorted(info.get("missing_keys") or [])
+    mismatched = sorted(str(item[0]) for item in info.get("mismatched_keys") or [])
+    if missing or mismatched:
+        kind, names = ("no", missing) if missing else ("a mis-shaped", mismatched)
+        more = f" (and {len(names) - 3} more)" if len(names) > 3 else ""
+        raise CheckpointError(
+            f"the checkpoint in {folder} has {kind} tensor {', '.join(names[:3])}{more}."
+        )
+    return model.to(device)
+
+
+def _generation_config(folder: Path) -> dict[str, Any]:
+    try:
+        data = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _eos_ids(
+    config: Any, generation: Mapping[str, Any], tokenizer_eos: tuple[int, ...]
+) -> tuple[int, ...]:
+    found: list[int] = []
+    for value in (generation.get("eos_token_id"), getattr(config, "eos_token_id", None)):
+        if value is not None:
+            found.extend(value if isinstance(value, list | tuple) else [value])
+    return tuple(dict.fromkeys(int(i) for i in (*found, *tokenizer_eos)))
+
+
+def _fingerprint(folder: Path) -> str:
+    files = sorted(folder.glob("*.safetensors"))
+    return " ".join(f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files)

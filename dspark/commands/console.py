@@ -1,0 +1,154 @@
+"""What commands share: consoles, the options of an engine, tables of statistics."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, TypeAlias
+
+import typer
+
+from dspark.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dspark.engine import Engine
+    from dspark.request import GenerationResult
+
+__all__ = [
+    "DeviceOption",
+    "DraftOption",
+    "DtypeOption",
+    "ExactOption",
+    "TargetOption",
+    "ThreadsOption",
+    "loading",
+    "print_stats",
+    "stderr_console",
+]
+
+TargetOption: TypeAlias = Annotated[
+    str, typer.Option("--target", help="Alias, folder, .gguf file or hub id.")
+]
+DraftOption: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--draft", help="auto, none, lookup, lookup:FILE, a model, or one of these with +lookup."
+    ),
+]
+DtypeOption: TypeAlias = Annotated[
+    str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")
+]
+DeviceOption: TypeAlias = Annotated[str, typer.Option("--device", help="auto, cpu, cuda ...")]
+ThreadsOption: TypeAlias = Annotated[
+    int | None, typer.Option("--threads", min=1, help="CPU threads.")
+]
+ExactOption: TypeAlias = Annotated[
+    bool | None,
+    typer.Option(
+        "--exact/--no-exact",
+        help="Make speculative output bitwise that of plain decoding "
+        "(default: on where the check at load finds that it is cheap).",
+    ),
+]
+
+
+def stderr_console() -> Console:
+    """The console for everything that is not the result."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def loading(console: Console, text: str) -> Iterator[None]:
+    """Show a spinner on a terminal while something loads; show nothing elsewhere."""
+    if console.is_terminal:
+        with console.status(text):
+            yield
+    else:
+        yield
+
+
+def load_engine(
+    console: Console,
+    *,
+    target: str,
+    draft: str,
+    dtype: str,
+    device: str,
+    threads: int | None,
+    exact: bool | None,
+    auto_off: bool = True,
+) -> Engine:
+    """Fetch (with a progress bar of its own), then load with a spinner."""
+    from dspark.models.resolve import resolve_model
+
+    resolve_model(target)
+    with loading(console, f"loading {target}"):
+        from dspark.engine import Engine, EngineConfig
+
+        return Engine.load(
+            target=target,
+            draft=draft,
+            dtype=dtype,
+            device=device,
+            threads=threads,
+            exact=exact,
+            config=EngineConfig(auto_off=auto_off),
+        )
+
+
+def read_text(path: str) -> str:
+    """Read a prompt from a file, or from standard input if the path is "-".
+
+    Raises:
+        ConfigError: If it cannot be read as UTF-8 text.
+    """
+    from pathlib import Path
+
+    try:
+        if path == "-":
+            return sys.stdin.read()
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"{path} is not UTF-8 text.") from exc
+    except OSError as exc:
+        raise ConfigError(f"{path} cannot be read: {exc.strerror}.") from exc
+
+
+def print_stats(console: Console, engine: Engine, results: Sequence[GenerationResult]) -> None:
+    """Print what speculation did, one row per sample, and what exact mode found."""
+    from rich.table import Table
+
+    table = Table(title=None, header_style="bold", pad_edge=False)
+    names = ("sample", "tokens", "rounds", "drafted", "accepted", "tau", "tok/s")
+    for name in (*names, "first token", "draft / verify / rest", "accepted by depth"):
+        table.add_column(name, justify="right")
+    for result in results:
+        s = result.stats
+        depth = " ".join(
+            f"{100 * a / v:.0f}%" if v else "-"
+            for a, v in zip(s.accepted_at_depth[:6], s.verified_at_depth[:6], strict=False)
+        )
+        table.add_row(
+            f"{result.prompt_index}.{result.sample_index}",
+            str(s.output_tokens),
+            str(s.rounds),
+            str(s.verified),
+            str(s.accepted),
+            f"{s.accepted_length:.2f}",
+            f"{s.tokens_per_second:.1f}",
+            f"{s.time_to_first_token:.2f} s",
+            f"{s.seconds_draft:.2f} / {s.seconds_verify:.2f} / {s.seconds_rest:.2f} s",
+            depth or "-",
+        )
+    console.print(table)
+    info, exactness = engine.target.info, engine.target.exactness
+    console.print(
+        f"{info.name} ({info.family}, {info.dtype}, {info.device}), draft {engine.drafter.name}; "
+        f"exact mode {exactness.reason}; linear kernel {exactness.backend}, "
+        f"at least {exactness.min_rows} rows"
+    )

@@ -1,0 +1,229 @@
+"""`dspark generate`: answer a prompt."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dspark.commands import console as ui
+from dspark.commands.console import (
+    DeviceOption,
+    DraftOption,
+    DtypeOption,
+    ExactOption,
+    TargetOption,
+    ThreadsOption,
+)
+from dspark.errors import ConfigError
+from dspark.request import FinishReason, GenerationResult, Prompt, SamplingParams
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dspark.engine import Engine
+
+__all__ = ["generate"]
+
+
+def generate(  # noqa: PLR0913 - one parameter per option is how Typer works
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; - reads standard input.")] = None,
+    file: Annotated[
+        list[str] | None, typer.Option("--file", help="Read a prompt from a file (repeatable).")
+    ] = None,
+    target: TargetOption = "smollm2-135m",
+    draft: DraftOption = "auto",
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Tokens to generate.")] = 256,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", help="0 is greedy (default: the model's own).")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option("--top-p", help="Nucleus, in (0, 1].")] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="0 keeps all tokens.")] = None,
+    min_p: Annotated[float | None, typer.Option("--min-p", help="In [0, 1].")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the noise.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="End before this text (repeatable).")
+    ] = None,
+    n: Annotated[int, typer.Option("--n", help="Samples.")] = 1,
+    logprobs: Annotated[
+        int | None, typer.Option("--logprobs", help="With --json: alternatives per token.")
+    ] = None,
+    tree_budget: Annotated[
+        int | None, typer.Option("--tree-budget", help="Drafted nodes per round; 0 is plain.")
+    ] = None,
+    depth: Annotated[int | None, typer.Option("--depth", help="Longest drafted path.")] = None,
+    width: Annotated[
+        int | None, typer.Option("--width", help="Children per node; 1 is a chain.")
+    ] = None,
+    rule: Annotated[
+        str,
+        typer.Option("--rule", help="auto, greedy, coupled, sample-match, rejection or block."),
+    ] = "auto",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
+    exact: ExactOption = None,
+    auto_off: Annotated[
+        bool, typer.Option("--auto-off/--no-auto-off", help="Stop drafting while it loses.")
+    ] = True,
+    show_accepted: Annotated[
+        bool, typer.Option("--show-accepted", help="Tint accepted draft tokens.")
+    ] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Print statistics to stderr.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per sample.")
+    ] = False,
+) -> None:
+    """Answer a prompt with a target model, sped up by a draft; the text is the target's own."""
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature if temperature is not None else 0.0,
+        top_p=1.0 if top_p is None else top_p,
+        top_k=0 if top_k is None else top_k,
+        min_p=0.0 if min_p is None else min_p,
+        seed=seed,
+        stop=tuple(stop or ()),
+        n=n,
+        logprobs=logprobs,
+        rule=rule,
+        tree_budget=tree_budget,
+        depth=depth,
+        width=width,
+    )
+    if temperature is not None:
+        _ = params.resolved_rule  # refuse a contradiction before a model is loaded
+    texts = _prompts(prompt, file)
+    console = ui.stderr_console()
+    engine = ui.load_engine(
+        console,
+        target=target,
+        draft=draft,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        exact=exact,
+        auto_off=auto_off,
+    )
+    given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
+    params = with_model_defaults(params, engine, given)
+    prompts = [as_prompt(engine, text, system=system, raw=raw) for text in texts]
+    if len(prompts) == 1 and n == 1 and not as_json:
+        results = [_stream(engine, prompts[0], params, show_accepted=show_accepted)]
+    else:
+        results = engine.generate(prompts, params)
+        _print_all(results, as_json=as_json, console=console)
+    if stats:
+        ui.print_stats(console, engine, results)
+    if any(result.error for result in results):
+        raise typer.Exit(2)
+    if any(result.finish_reason is FinishReason.CANCELLED for result in results):
+        raise typer.Exit(130)
+
+
+def with_model_defaults(
+    params: SamplingParams, engine: Engine, given: dict[str, Any]
+) -> SamplingParams:
+    """Fill in what the user did not give from the model's own sampling defaults."""
+    own = {k: v for k, v in engine.sampling_defaults.items() if given.get(k) is None}
+    if given.get("temperature") == 0:
+        own = {}
+    if "top_k" in own:
+        own["top_k"] = int(own["top_k"])
+    return replace(params, **own)
+
+
+def as_prompt(engine: Engine, text: str, *, system: str | None, raw: bool) -> Prompt:
+    """Raw text, or chat messages where the model has a template and `raw` is off."""
+    codec = engine.codec
+    has_template = codec is not None and codec.has_chat_template
+    if raw or not has_template:
+        if system is not None:
+            why = "--raw leaves no place for one" if raw else "the model has no chat template"
+            raise ConfigError(f"a system message was given, but {why}.")
+        return text
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    if not text:
+        return text  # the engine refuses it
+    return [*messages, {"role": "user", "content": text}]
+
+
+def _prompts(prompt: str | None, files: list[str] | None) -> list[str]:
+    if prompt is not None and files:
+        raise ConfigError("a prompt and --file were both given, but one of them is enough.")
+    if files:
+        return [ui.read_text(path) for path in files]
+    if prompt is None:
+        raise ConfigError(
+            "no prompt was given.", hint='run: dspark generate "your question", or use --file'
+        )
+    return [ui.read_text("-") if prompt == "-" else prompt]
+
+
+def _stream(
+    engine: Engine, prompt: Prompt, params: SamplingParams, *, show_accepted: bool
+) -> GenerationResult:
+    """Print an answer as it comes; a Ctrl-C ends the answer and keeps what there is."""
+    tint = show_accepted and sys.stdout.isatty()
+    result: GenerationResult | None = None
+    (request,) = engine.submit(prompt, params)
+    try:
+        for chunk in engine.follow(request):
+            for piece in chunk.pieces:
+                if tint and piece.is_drafted:
+                    sys.stdout.write(f"\x1b[32m{piece.text}\x1b[0m")
+                else:
+                    sys.stdout.write(piece.text)
+            sys.stdout.flush()
+            result = chunk.result
+    except KeyboardInterrupt:
+        engine.cancel(request)
+    if sys.stdout.isatty() or result is not None:
+        sys.stdout.write("\n")
+    sys.stdout.flush()
+    return request.result() if result is None else result
+
+
+def result_json(result: GenerationResult) -> dict[str, Any]:
+    """A result as the object that --json prints."""
+    stats = asdict(result.stats)
+    stats.pop("round_log")
+    stats["accepted_length"] = result.stats.accepted_length
+    out: dict[str, Any] = {
+        "prompt_index": result.prompt_index,
+        "sample_index": result.sample_index,
+        "text": result.text,
+        "token_ids": result.token_ids,
+        "finish_reason": result.finish_reason.value,
+        "seed": result.seed,
+        "stats": stats,
+    }
+    if result.logprobs is not None:
+        out["logprobs"] = [
+            {"token_id": item.token_id, "logprob": item.logprob, "top": item.top}
+            for item in result.logprobs
+        ]
+    if result.error is not None:
+        out["error"], out["hint"] = result.error, result.hint
+    return out
+
+
+def _print_all(results: list[GenerationResult], *, as_json: bool, console: Console) -> None:
+    for result in results:
+        if as_json:
+            print(json.dumps(result_json(result), ensure_ascii=False))
+        elif result.error is None:
+            if len(results) > 1:
+                name = f"prompt {result.prompt_index}, sample {result.sample_index}"
+                console.print(f"[dim]{name}[/]")
+            print(result.text)
+        if result.error is not None:
+            from rich.markup import escape
+
+            console.print(f"[bold red]error:[/] {escape(result.error)}")
+            if result.hint:
+                console.print(f"[bold]hint:[/] {escape(result.hint)}")

@@ -1,0 +1,80 @@
+"""Drafter protocol: from a request's context to a proposal.
+
+A drafter sees the whole context of a request each round and keeps its own state in step with it;
+what it offers may be wrong or slow but never changes the text (only rejected nodes cost time).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from dspark.request import Rule, SamplingParams
+from dspark.tree import Proposal
+from dspark.verify.noise import NoiseKey
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DraftContext", "Drafter"]
+
+
+@dataclass(slots=True, kw_only=True)
+class DraftContext:
+    """What a drafter may know when it drafts for one request.
+
+    Attributes:
+        request_id: Stable for the life of the request.
+        tokens: Prompt and output so far; the last one is the anchor. Read only.
+        prompt_length: How many of `tokens` are the prompt.
+        params: The request's sampling parameters.
+        rule: The acceptance rule in force.
+        noise: Key of the request's noise.
+        round: Number of this round, from 0.
+        budget: Nodes to offer at the most, >= 1.
+        depth: Longest path to offer, >= 1.
+        width: Children per node at the most, or None for the drafter's choice.
+        features: Target hidden states of the tokens committed since the last call, if the drafter
+            asked for them by `capture`: {layer: [n, D]}.
+    """
+
+    request_id: int
+    tokens: Sequence[int]
+    prompt_length: int
+    params: SamplingParams
+    rule: Rule
+    noise: NoiseKey
+    round: int
+    budget: int
+    depth: int
+    width: int | None = None
+    features: dict[int, torch.Tensor] | None = None
+
+    @property
+    def output_position(self) -> int:
+        """Output position t of the token that follows the anchor; depth 1 is drawn at it."""
+        return len(self.tokens) - self.prompt_length
+
+
+@runtime_checkable
+class Drafter(Protocol):
+    """Proposes token trees."""
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        ...
+
+    @property
+    def capture(self) -> tuple[int, ...]:
+        """Target layers whose hidden states it needs."""
+        ...
+
+    def propose(self, contexts: Sequence[DraftContext]) -> list[Proposal]:
+        """Draft for several requests at once; one proposal each, possibly empty."""
+        ...
+
+    def release(self, request_id: int) -> None:
+        """Forget a request; unknown ids are ignored."""
+        ...

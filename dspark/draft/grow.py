@@ -1,0 +1,225 @@
+"""Growing a tree level by level from a causal draft's logits, as the acceptance rule demands.
+
+A `Growth` names the nodes to expand next, takes the shaped logits of their rows, and in the end
+gives the proposal. Two kinds:
+
+`RankedGrowth` (greedy, coupled, sample-match) looks at probabilities before it decides: any tree is
+lossless there. Levels as in EAGLE-2 (arXiv 2406.16858): all candidates of a level are kept, the
+best few are expanded, the best of all levels remain.
+
+`DrawnGrowth` (rejection, block) fixes the whole shape before any draw, as Sequoia (arXiv
+2402.12374) does: the tree with the most expected accepted tokens if the chance of acceptance
+depends on the draw index alone. Nothing about it depends on drawn tokens, so it is
+non-anticipating.
+
+**Survival of ranked candidates.** If the target's log-probabilities differ from the draft's by
+independent Gumbel errors of scale 1, then the target's choice is token i with probability
+softmax(v)_i, v being what the choice is the maximum of: shaped logits for greedy, so the draft's
+own probability; shaped logits plus the shared noise for coupled, so that a clear perturbed winner
+counts as nearly certain however flat the law is. Under sample-match the target's noise is not
+known, the drawn token is i with its probability, so the shaped draft law ranks and rates. These
+are priors; calibration corrects them.
+
+Letters: R rows (expanded nodes), V vocabulary, P laws.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from dspark.draft.base import DraftContext
+from dspark.request import Rule
+from dspark.tree import DraftTree, Proposal
+from dspark.tree_build import TreeGrower, best_first
+from dspark.verify import noise, sampling
+
+__all__ = ["DrawnGrowth", "Growth", "Limits", "RankedGrowth", "drawn_shape", "grow"]
+
+_EXTRA = 4  # perturbed candidates looked at beyond the width, for the share of those left out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How far one proposal may grow.
+
+    Attributes:
+        budget: Nodes to offer at the most.
+        depth: Longest path.
+        width: Children per node at the most.
+        beams: Nodes to expand per level at the most (ranked growth).
+        min_survival: Nodes less likely than this are not expanded (ranked growth).
+    """
+
+    budget: int
+    depth: int
+    width: int
+    beams: int
+    min_survival: float
+
+
+class Growth(Protocol):
+    """A tree that grows level by level."""
+
+    tree: TreeGrower
+
+    def frontier(self) -> list[int]:
+        """Nodes to expand next, -1 for the anchor; empty when the tree is done."""
+        ...
+
+    def take(self, nodes: Sequence[int], shaped: torch.Tensor) -> None:
+        """Add children of these nodes: one row of float32 [R, V] each, finite maximum."""
+        ...
+
+    def proposal(self) -> Proposal:
+        """What has grown so far, within the budget."""
+        ...
+
+
+def grow(context: DraftContext, limits: Limits) -> Growth:
+    """The growth that the request's rule demands."""
+    if context.rule.draws_from_laws:
+        return DrawnGrowth(context, limits)
+    return RankedGrowth(context, limits)
+
+
+class RankedGrowth:
+    """Candidates by probability; see the module."""
+
+    def __init__(self, context: DraftContext, limits: Limits) -> None:
+        self.tree = TreeGrower()
+        self._context = context
+        self._limits = limits
+        self._level = 0  # levels already handed out
+        self._start = 0  # first node of the newest level
+
+    def frontier(self) -> list[int]:
+        """The best nodes of the newest level that are still among the best of all."""
+        limits, tree = self._limits, self.tree
+        if self._level >= limits.depth or not limits.budget:
+            return []
+        self._level += 1
+        if self._level == 1:
+            return [-1]
+        worth = tree.survival
+        best = heapq.nsmallest(limits.budget, range(len(tree)), key=lambda i: (-worth[i], i))
+        start, self._start = self._start, len(tree)
+        new = [i for i in best if i >= start and worth[i] >= limits.min_survival]
+        return sorted(new[: limits.beams])
+
+    def take(self, nodes: Sequence[int], shaped: torch.Tensor) -> None:
+        """Add the best `width` candidates of every node, best first."""
+        ids, shares = self._candidates(nodes, shaped)
+        for node, tokens, probs in zip(nodes, ids, shares, strict=True):
+            above = 1.0 if node < 0 else self.tree.survival[node]
+            for token, prob in zip(tokens, probs, strict=True):
+                if prob > 0:
+                    self.tree.add(node, token, above * prob)
+
+    def _candidates(
+        self, nodes: Sequence[int], shaped: torch.Tensor
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        context, width = self._context, min(self._limits.width, int(shaped.shape[1]))
+        if context.rule is Rule.COUPLED:
+            first = context.output_position  # of a child of the anchor
+            at = [first if node < 0 else first + self.tree.depth[node] for node in nodes]
+            seen = min(width + _EXTRA, int(shaped.shape[1]))
+            ids, values = noise.perturbed_topk(shaped, [context.noise] * len(nodes), at, seen)
+            shares = torch.softmax(values, dim=1)
+        else:
+            values, ids = torch.topk(shaped, width, dim=1)
+            shares = torch.exp(values - torch.logsumexp(shaped, dim=1, keepdim=True))
+        return ids[:, :width].tolist(), shares[:, :width].tolist()
+
+    def proposal(self) -> Proposal:
+        """The best nodes within the budget."""
+        return Proposal(self.tree.build().prune(self._limits.budget))
+
+
+def _acceptance_by_draw(width: int) -> list[float]:
+    """Chance that the r-th draw is accepted, the earlier ones having been rejected included.
+
+    A prior: .6 for the first, and each later one that is reached has .6 / (1 + r / 2), since it is
+    judged against a residual that draws have already been taken from.
+    """
+    chances, left = [], 1.0
+    for rank in range(width):
+        chances.append(left * 0.6 / (1 + rank / 2))
+        left -= chances[-1]
+    return chances
+
+
+@lru_cache(maxsize=128)
+def drawn_shape(budget: int, depth: int, width: int) -> DraftTree:
+    """The fixed tree for drawn children; `token` holds draw indices.
+
+    Args:
+        budget: Nodes, >= 0.
+        depth: Longest path, >= 0.
+        width: Children per node at the most, >= 1.
+
+    Returns:
+        The tree with the highest sum of prior survival; shared, not to be written to.
+
+    **Source:** Sequoia, arXiv 2402.12374, section 3.1 (positional acceptance, optimal tree).
+    """
+    width = min(width, max(budget, 1))
+    children = (range(width), _acceptance_by_draw(width))
+    return best_first(
+        lambda _, nodes: [children] * len(nodes), budget=budget, depth=depth, width=width
+    )
+
+
+class DrawnGrowth:
+    """Children drawn without replacement into a shape fixed beforehand; see the module."""
+
+    def __init__(self, context: DraftContext, limits: Limits) -> None:
+        self.tree = TreeGrower()
+        self._context = context
+        width = 1 if context.rule is Rule.BLOCK else limits.width
+        self._shape = drawn_shape(limits.budget, limits.depth, width)
+        start, child = self._shape.children()
+        self._children = [
+            child[a:b].tolist()
+            for a, b in zip(start[:-1].tolist(), start[1:].tolist(), strict=True)
+        ]  # of shape node i at i + 1
+        self._shape_node = {-1: -1}
+        self._fresh = [-1]
+        self._laws: list[torch.Tensor] = []
+        self._law_of: list[int] = []
+
+    def frontier(self) -> list[int]:
+        """Drawn nodes of the newest level to which the shape gives children."""
+        fresh, self._fresh = self._fresh, []
+        return [node for node in fresh if self._children[self._shape_node[node] + 1]]
+
+    def take(self, nodes: Sequence[int], shaped: torch.Tensor) -> None:
+        """Draw the children of every node in draw order; keep the laws they were drawn from."""
+        context = self._context
+        counts = [len(self._children[self._shape_node[node] + 1]) for node in nodes]
+        ids, _ = noise.draft_topk(
+            shaped, [context.noise] * len(nodes), [context.round] * len(nodes), nodes, max(counts)
+        )
+        laws = sampling.laws(shaped, [context.params] * len(nodes))
+        for row, (node, count, tokens) in enumerate(zip(nodes, counts, ids.tolist(), strict=True)):
+            law = len(self._laws)
+            self._laws.append(laws[row])
+            places = self._children[self._shape_node[node] + 1]
+            for place, token in zip(places, tokens[:count], strict=True):
+                if token < 0:  # the law is exhausted
+                    break
+                new = self.tree.add(node, token, float(self._shape.survival[place]))
+                self._shape_node[new] = place
+                self._law_of.append(law)
+                self._fresh.append(new)
+
+    def proposal(self) -> Proposal:
+        """All that was drawn, with its laws."""
+        laws = torch.stack(self._laws) if self._laws else None
+        return Proposal(self.tree.build(), laws, np.array(self._law_of, dtype=np.int64))

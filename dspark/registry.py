@@ -1,0 +1,122 @@
+"""Finding the code that loads a model: the core knows targets by protocol and entry point only.
+
+A loader is registered under the entry-point group `dspark.targets` as an object with `handles` and
+`load` (see `TargetLoader`). The first that handles a model's config loads it; the one over
+transformers is asked last.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from dspark.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from dspark.target import Target
+    from dspark.text import TextCodec
+
+__all__ = ["LoadOptions", "LoadedTarget", "TargetLoader", "find_loader", "load_target"]
+
+GROUP = "dspark.targets"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """How to load a target.
+
+    Attributes:
+        name: What to call it.
+        dtype: "auto", "float32", "bfloat16" or "float16".
+        device: "auto", or a torch device.
+        exact: True, False, or None to let the probe decide.
+        probe_folder: Where findings of the probe are kept, None not to keep them.
+    """
+
+    name: str
+    dtype: str = "auto"
+    device: str = "auto"
+    exact: bool | None = None
+    probe_folder: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedTarget:
+    """A loaded target and what came with it.
+
+    Attributes:
+        target: The target.
+        codec: Its text codec, or None if the folder has no tokenizer.
+        sampling: The model's own sampling defaults: temperature, top_k, top_p, min_p,
+            repetition_penalty, as far as it states them.
+        folder: Where it was loaded from.
+    """
+
+    target: Target
+    codec: TextCodec | None
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    folder: Path
+
+
+@runtime_checkable
+class TargetLoader(Protocol):
+    """Loads models of some kinds."""
+
+    @property
+    def priority(self) -> int:
+        """Loaders are asked in falling order of this."""
+        ...
+
+    def handles(self, config: Mapping[str, Any]) -> bool:
+        """True if this loader loads models with such a config.json."""
+        ...
+
+    def load(self, folder: Path, options: LoadOptions) -> LoadedTarget:
+        """Load a model from a folder."""
+        ...
+
+
+def find_loader(config: Mapping[str, Any]) -> TargetLoader:
+    """Find the loader for a model.
+
+    Args:
+        config: Its config.json.
+
+    Raises:
+        CheckpointError: If no installed loader handles it.
+    """
+    loaders = [point.load() for point in entry_points(group=GROUP)]
+    for loader in sorted(loaders, key=lambda item: -int(item.priority)):
+        if loader.handles(config):
+            found: TargetLoader = loader
+            return found
+    raise CheckpointError(
+        f"no installed loader handles models of type {config.get('model_type')!r}.",
+        hint="run: dspark models",
+    )
+
+
+def load_target(folder: Path, options: LoadOptions) -> LoadedTarget:
+    """Load the model in a folder.
+
+    Args:
+        folder: A folder with config.json and weights.
+        options: How.
+
+    Raises:
+        CheckpointError: If there is no readable config.json, or nothing handles it.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as exc:
+        raise CheckpointError(f"{folder} holds no model: it has no config.json.") from exc
+    except (OSError, ValueError) as exc:
+        raise CheckpointError(f"{path} cannot be read as JSON: {exc}") from exc
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object.")
+    return find_loader(config).load(folder, options)

@@ -1,0 +1,248 @@
+"""Target protocol: all that the core knows of a model.
+
+One forward takes a FLATTENED ragged batch: prefill chunks, plain decode steps, chains and trees are
+all rows of the same form, without padding. Shapes: N rows of the batch, M rows whose logits are
+asked for, V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dspark.errors import ShapeError
+
+if TYPE_CHECKING:
+    import torch
+
+    from dspark.cache import Cache
+
+__all__ = ["BatchPart", "ExactnessReport", "RowSpan", "Target", "TargetInfo", "TargetOutput", "TokenBatch"]
+
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class RowSpan:
+    """The rows of one slot: batch[start:stop].
+
+    Attributes:
+        slot: The slot in the cache.
+        start: First row.
+        stop: One past the last row.
+        is_chain: True if every row's parent is the row before it.
+    """
+
+    slot: int
+    start: int
+    stop: int
+    is_chain: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """The ragged batch of one forward.
+
+    Rows of one slot are contiguous and topologically ordered (a parent before its children).
+
+    Attributes:
+        token_ids: int64 [N].
+        positions: int64 [N], absolute position in the request.
+        parent: int64 [N], index of the parent row within the batch, -1 for a row that follows the
+            slot's committed context.
+        spans: One per slot, in row order.
+        output_rows: int64 [M], rows whose logits are asked for, ascending.
+    """
+
+    token_ids: IntArray
+    positions: IntArray
+    parent: IntArray
+    spans: tuple[RowSpan, ...]
+    output_rows: IntArray
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return int(self.token_ids.shape[0])
+
+    @staticmethod
+    def build(parts: Sequence[BatchPart]) -> TokenBatch:
+        """Flatten one part per slot into a batch.
+
+        Args:
+            parts: The rows of every slot that takes part.
+
+        Returns:
+            The batch; `output_rows` lists, part by part, the rows each part asked for.
+
+        Raises:
+            ShapeError: If a part is empty or its arrays differ in length.
+        """
+        tokens, positions, parents, spans, outputs = [], [], [], [], []
+        start = 0
+        for part in parts:
+            n = len(part.token_ids)
+            if n == 0 or len(part.parent) != n or len(part.positions) != n:
+                raise ShapeError(
+                    f"a batch part of slot {part.slot} has {n} tokens, {len(part.positions)} "
+                    f"positions and {len(part.parent)} parents, but needs equal lengths >= 1."
+                )
+            local = np.asarray(part.parent, dtype=np.int64)
+            tokens.append(np.asarray(part.token_ids, dtype=np.int64))
+            positions.append(np.asarray(part.positions, dtype=np.int64))
+            parents.append(np.where(local < 0, -1, local + start))
+            is_chain = bool(np.array_equal(local, np.arange(-1, n - 1)))
+            spans.append(RowSpan(part.slot, start, start + n, is_chain))
+            outputs.append(np.asarray(part.output_rows, dtype=np.int64) + start)
+            start += n
+        empty = np.zeros(0, dtype=np.int64)
+        return TokenBatch(
+            np.concatenate(tokens) if tokens else empty,
+            np.concatenate(positions) if positions else empty,
+            np.concatenate(parents) if parents else empty,
+            tuple(spans),
+            np.concatenate(outputs) if outputs else empty,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPart:
+    """The rows one slot adds to a batch.
+
+    Attributes:
+        slot: The slot in the cache.
+        token_ids: Tokens, topologically ordered.
+        positions: Absolute positions.
+        parent: Parent index within this part, -1 for rows after the committed context.
+        output_rows: Rows of this part whose logits are wanted, ascending.
+    """
+
+    slot: int
+    token_ids: Sequence[int] | IntArray
+    positions: Sequence[int] | IntArray
+    parent: Sequence[int] | IntArray
+    output_rows: Sequence[int] | IntArray
+
+    @staticmethod
+    def chain(
+        slot: int, token_ids: Sequence[int] | IntArray, start: int, *, want_last: bool
+    ) -> BatchPart:
+        """A run of tokens from position `start`, logits of the last one or of none."""
+        n = len(token_ids)
+        return BatchPart(
+            slot,
+            token_ids,
+            np.arange(start, start + n),
+            np.arange(-1, n - 1),
+            [n - 1] if want_last else [],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TargetOutput:
+    """What a forward returns.
+
+    Attributes:
+        logits: [M, V] for the rows asked for, final soft-cap applied, in the model's dtype.
+        hidden: Captured hidden states {layer: [N, D]}; layer k is the OUTPUT of decoder layer k,
+            -1 the embeddings.
+    """
+
+    logits: torch.Tensor
+    hidden: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExactnessReport:
+    """What the probe at load found (docs/losslessness.md, "Exact mode").
+
+    Attributes:
+        enabled: Exact mode is on.
+        holds: The end-to-end check found a tree's rows bitwise equal to the same paths run alone.
+        min_rows: Fewest rows that a linear layer is ever run with.
+        backend: The kernels in use for linear layers.
+        cost: Time of a one-row step in exact mode over that of a one-row step without, minus 1;
+            None if it was not measured.
+        reason: One sentence: why exact mode is on or off.
+    """
+
+    enabled: bool
+    holds: bool
+    min_rows: int
+    backend: str
+    cost: float | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetInfo:
+    """Facts about a loaded model.
+
+    Attributes:
+        name: What the user called it.
+        family: Adapter family: llama, qwen, gemma, ...
+        vocab_size: V, the width of the logits.
+        hidden_size: D.
+        num_layers: Decoder layers.
+        max_positions: Longest context, in tokens.
+        eos_token_ids: Tokens that end a text.
+        dtype: Weight dtype as text, "float32" or "bfloat16".
+        device: Device as text.
+        can_verify_trees: False for targets that only decode plainly.
+    """
+
+    name: str
+    family: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    max_positions: int
+    eos_token_ids: tuple[int, ...]
+    dtype: str
+    device: str
+    can_verify_trees: bool = True
+
+
+@runtime_checkable
+class Target(Protocol):
+    """A causal language model that scores ragged batches of trees."""
+
+    @property
+    def info(self) -> TargetInfo:
+        """Facts about the model."""
+        ...
+
+    @property
+    def exactness(self) -> ExactnessReport:
+        """What the probe at load found."""
+        ...
+
+    def new_cache(self, *, memory_limit: int | None = None) -> Cache:
+        """Make an empty cache.
+
+        Args:
+            memory_limit: Bytes of K/V that it may hold, None for no limit.
+
+        Returns:
+            The cache.
+        """
+        ...
+
+    def forward(
+        self, batch: TokenBatch, cache: Cache, *, capture: Sequence[int] = ()
+    ) -> TargetOutput:
+        """Run one ragged batch; its rows stay uncommitted in the cache.
+
+        Args:
+            batch: The rows; every slot must have been opened and reserved.
+            cache: A cache made by this target.
+            capture: Layers whose hidden states are wanted.
+
+        Returns:
+            Logits of `batch.output_rows`, and the captured hidden states.
+        """
+        ...

@@ -1,0 +1,167 @@
+"""Text in and out: tokenizer, chat template, incremental decoding.
+
+A thin layer over a Hugging Face tokenizer. Encoding raw text follows the tokenizer's own rule about
+a leading BOS; chat messages go through the model's own template.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dspark.errors import CapabilityError, CheckpointError, DataError
+from dspark.request import Message
+
+__all__ = ["Detokenizer", "TextCodec", "load_codec"]
+
+
+class TextCodec:
+    """Encode prompts and decode tokens.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer itself."""
+        return self._tokenizer
+
+    @property
+    def has_chat_template(self) -> bool:
+        """True if chat messages can be encoded."""
+        return bool(getattr(self._tokenizer, "chat_template", None))
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """End tokens that the tokenizer itself names."""
+        eos = self._tokenizer.eos_token_id
+        return () if eos is None else (int(eos),)
+
+    def encode(self, text: str) -> list[int]:
+        """Encode raw text, with the special tokens that the tokenizer adds by itself.
+
+        Raises:
+            DataError: If the text is not valid Unicode.
+        """
+        try:
+            return list(self._tokenizer.encode(text))
+        except UnicodeEncodeError as exc:
+            raise DataError("the prompt is not valid Unicode text.") from exc
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Encode text without any special tokens around it."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Encode chat messages with the model's template, ready for the assistant's answer.
+
+        Raises:
+            CapabilityError: If the model has no chat template.
+            DataError: If the template refuses the messages.
+        """
+        if not self.has_chat_template:
+            raise CapabilityError(
+                "this model has no chat template, so it cannot take chat messages.",
+                hint="give the prompt as raw text",
+            )
+        import jinja2
+
+        try:
+            ids = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+            )
+        except (jinja2.TemplateError, KeyError, TypeError, ValueError) as exc:
+            raise DataError(f"the chat template refuses these messages: {exc}") from exc
+        return [int(i) for i in ids]
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """Decode tokens; special tokens are left out."""
+        text: str = self._tokenizer.decode(
+            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def vocabulary(self) -> dict[str, int]:
+        """Token text -> id, to compare two tokenizers."""
+        vocab: dict[str, int] = self._tokenizer.get_vocab()
+        return vocab
+
+
+class Detokenizer:
+    """Decode a growing sequence of tokens piece by piece.
+
+    The pieces, put together, are `codec.decode` of all tokens: text is held back while the last
+    token ends inside a character, and a window of earlier tokens gives the tokenizer the context
+    that decides about spaces.
+
+    Args:
+        codec: The codec.
+    """
+
+    _WINDOW = 6
+
+    def __init__(self, codec: TextCodec) -> None:
+        self._codec = codec
+        self._tokens: list[int] = []
+        self._start = 0  # window of tokens that the next piece is decoded with
+        self._done = 0  # tokens whose text was given out
+        self.text = ""
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """Add tokens; return the text that is now certain."""
+        self._tokens.extend(tokens)
+        before = self._codec.decode(self._tokens[self._start : self._done])
+        after = self._codec.decode(self._tokens[self._start :])
+        if after.endswith("\ufffd") or len(after) < len(before):
+            return ""
+        piece = after[len(before) :]
+        self._done = len(self._tokens)
+        self._start = max(self._start, self._done - self._WINDOW)
+        self.text += piece
+        return piece
+
+    def finish(self) -> str:
+        """Return what was held back; an unfinished character becomes U+FFFD."""
+        before = self._codec.decode(self._tokens[self._start : self._done])
+        after = self._codec.decode(self._tokens[self._start :])
+        piece = after[len(before) :]
+        self._done = len(self._tokens)
+        self.text += piece
+        return piece
+
+
+def load_codec(folder: Path) -> TextCodec | None:
+    """Load the tokenizer of a model folder.
+
+    Args:
+        folder: A folder in Hugging Face layout.
+
+    Returns:
+        The codec, or None if the folder has no tokenizer.
+
+    Raises:
+        CheckpointError: If there is a tokenizer, but it cannot be read.
+    """
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    if not any((folder / name).is_file() for name in names):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return TextCodec(AutoTokenizer.from_pretrained(folder, local_files_only=True))
+    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as exc:
+        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {exc}") from exc
+    except Exception as exc:
+        # The tokenizers library raises plain Exception for a malformed tokenizer.json.
+        if type(exc) is not Exception:
+            raise
+        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {exc}") from exc

@@ -1,0 +1,1 @@
+"""Verification: shaping logits into laws, noise, acceptance rules, the batched verifier."""

@@ -1,0 +1,415 @@
+"""Counter-based noise: every random number is a pure function of the words that name it.
+
+A word is one integer of the name: seed, sample index, stream, counters, token id. Words are
+chained through a 64-bit finaliser, so a number never depends on what was asked for before, on the
+batch, or on whether a whole vocabulary or a few ids were asked for. Streams keep the noise of the
+coupled rule, of sample-match, of drafts and of the rejection rules apart.
+
+Perturbing logits with Gumbel noise and taking the maximum draws from their softmax; taking the m
+largest draws m tokens without replacement, best first. Uniforms have 53 bits and are computed in
+float64: 24-bit uniforms would cap the noise at 16.6 and bend the tails.
+
+Speed: for a wide vocabulary a float32 approximation of the noise, shared by all rows that ask for
+the same key and position, selects the few tokens that can be among the best; only those are
+evaluated in float64. The selection keeps every token whose approximate value comes within a
+proven error bound of a value that is already certain, so the result is the brute-force one.
+
+Sources: finaliser: Stafford's variant 13 as in SplitMix64 (Steele, Lea, Flood 2014); Gumbel top-m:
+Kool, van Hoof, Welling 2019; coupling by shared noise: Daliri, Musco, Suresh 2024.
+
+Letters: R rows, V vocabulary, m best tokens asked for, n ids asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dspark.errors import CapabilityError, ConfigError, ShapeError
+
+__all__ = [
+    "MAX_GUMBEL",
+    "NoiseKey",
+    "Stream",
+    "draft_gumbel",
+    "draft_topk",
+    "gumbel",
+    "perturbed_argmax",
+    "perturbed_topk",
+    "uniform",
+]
+
+FloatArray = NDArray[np.float64]
+HalfArray = NDArray[np.float32]
+IntArray = NDArray[np.int64]
+WordArray = NDArray[np.uint64]
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_FIRST = 0xBF58476D1CE4E5B9
+_SECOND = 0x94D049BB133111EB
+_UNIT = 2.0**-53
+
+MAX_GUMBEL = 36.75
+"""Above the largest Gumbel value that can occur, 53 ln 2; the smallest is -3.61."""
+
+_NARROW = 512  # up to this width rows are evaluated together, in float64 throughout
+_SPARSE = 1024  # rows with no more finite entries than this are evaluated on those alone
+_CHUNK = 8192  # words hashed at a time, so that they stay in the first-level cache
+_BLOCK = 256  # width of the blocks whose maxima bound the m-th largest value
+_CACHED_VECTORS = 64  # 12 MiB at V = 49 152, 64 MiB at V = 262 144
+
+# Bound on |approximate - exact| of the noise: 2e-5 was never exceeded by theory (see
+# `_approximate_gumbel`); the relative part covers float32 rounding of large logits.
+_NOISE_ERROR = 1e-4
+_ROUNDING = 2.0**-22
+_CLAMP = np.float32(1 - 2.0**-10)
+
+
+class Stream(IntEnum):
+    """Independent noise streams of one key."""
+
+    COUPLED = 1  # shared by target and drafter, by output position
+    MATCH = 2  # the target's own under sample-match, by output position
+    DRAFT = 3  # drafts under the rejection rules, by round and node
+    RULE = 4  # acceptance and closing draws of the rejection rules
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseKey:
+    """What names the noise of one sample of one request.
+
+    Attributes:
+        seed: 0 .. 2**64 - 1.
+        sample: Index of the sample among the request's n, >= 0.
+
+    Raises:
+        ConfigError: If the seed or the sample index is out of range.
+    """
+
+    seed: int
+    sample: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed <= _MASK:
+            raise ConfigError(f"seed is {self.seed}, but must be from 0 to 2**64 - 1.")
+        if not 0 <= self.sample <= _MASK:
+            raise ConfigError(f"sample is {self.sample}, but must be from 0 to 2**64 - 1.")
+
+
+def _mix(word: int) -> int:
+    """Scramble one 64-bit word; a bijection."""
+    word = ((word ^ (word >> 30)) * _FIRST) & _MASK
+    word = ((word ^ (word >> 27)) * _SECOND) & _MASK
+    return word ^ (word >> 31)
+
+
+def _mix_array(words: WordArray) -> WordArray:
+    """Scramble uint64 [n] in place, as `_mix` does."""
+    for start in range(0, words.shape[0], _CHUNK):
+        part = words[start : start + _CHUNK]
+        part ^= part >> np.uint64(30)
+        part *= np.uint64(_FIRST)
+        part ^= part >> np.uint64(27)
+        part *= np.uint64(_SECOND)
+        part ^= part >> np.uint64(31)
+    return words
+
+
+@lru_cache(maxsize=1 << 14)
+def _state(*words: int) -> int:
+    """Chain words, each in 64-bit two's complement, into one 64-bit state."""
+    state = 0
+    for word in words:
+        state = _mix(state ^ _mix((word + _GOLDEN) & _MASK))
+    return state
+
+
+def _token_words(ids: IntArray) -> WordArray:
+    """Scramble token ids [n] as `_state` scrambles a word before chaining it."""
+    return _mix_array(ids.astype(np.uint64) + np.uint64(_GOLDEN))
+
+
+@lru_cache(maxsize=4)
+def _vocabulary_words(size: int) -> WordArray:
+    """`_token_words` of 0 .. size - 1, kept because every position needs it."""
+    words = _token_words(np.arange(size, dtype=np.int64))
+    words.flags.writeable = False
+    return words
+
+
+def _bits(state: int, ids: IntArray) -> WordArray:
+    """64 bits for each token id: the state with the id as one more word."""
+    return _mix_array(_token_words(ids) ^ np.uint64(state))
+
+
+def _unit(bits: WordArray) -> FloatArray:
+    """Map 64 bits to multiples of 2**-53 in [2**-53, 1 - 2**-53]."""
+    return np.maximum(bits >> np.uint64(11), np.uint64(1)).astype(np.float64) * _UNIT
+
+
+def _to_gumbel(bits: WordArray) -> FloatArray:
+    """Map 64 bits to standard Gumbel values in [-3.61, 36.74].
+
+    With w the uniform, -log(-log1p(-w)) is the inverse CDF at 1 - w: the large values come from
+    small w, where float64 is dense, so the tail is resolved to its end.
+    """
+    values: FloatArray = -np.log(-np.log1p(-_unit(bits)))
+    return values
+
+
+def gumbel(key: NoiseKey, position: int, token_ids: Sequence[int] | IntArray) -> FloatArray:
+    """Give the coupled rule's noise at an output position.
+
+    Args:
+        key: The sample's key.
+        position: Output position, from 0.
+        token_ids: int64 [n].
+
+    Returns:
+        float64 [n], standard Gumbel.
+    """
+    ids = np.asarray(token_ids, dtype=np.int64)
+    return _to_gumbel(_bits(_state(key.seed, key.sample, Stream.COUPLED, position), ids))
+
+
+def draft_gumbel(
+    key: NoiseKey, round_index: int, node: int, token_ids: Sequence[int] | IntArray
+) -> FloatArray:
+    """Give the noise with which children of a node are drawn under the rejection rules.
+
+    Args:
+        key: The sample's key.
+        round_index: Number of the round.
+        node: The parent whose children are drawn, -1 for the anchor.
+        token_ids: int64 [n].
+
+    Returns:
+        float64 [n], standard Gumbel, independent of every other stream.
+    """
+    ids = np.asarray(token_ids, dtype=np.int64)
+    return _to_gumbel(_bits(_state(key.seed, key.sample, Stream.DRAFT, round_index, node), ids))
+
+
+def uniform(key: NoiseKey, *counters: int) -> float:
+    """Give one uniform of the rejection rules.
+
+    Args:
+        key: The sample's key.
+        counters: What the number is for; any integers.
+
+    Returns:
+        A multiple of 2**-53, strictly between 0 and 1.
+    """
+    bits = _state(key.seed, key.sample, Stream.RULE, *counters)
+    return max(bits >> 11, 1) * _UNIT
+
+
+@lru_cache(maxsize=_CACHED_VECTORS)
+def _approximate_gumbel(state: int, size: int) -> HalfArray:
+    """Give float32 noise of tokens 0 .. size - 1, at most 2e-5 below the exact values.
+
+    For w <= 1 - 2**-10 rounding w to float32 moves -log1p(-w) by at most 2**-25 / 2**-10 / 6.9
+    (relative), and the two logarithms add a few units in the last place: under 2e-5 altogether.
+    Larger w are clamped, which overestimates values under -1.93; that is the safe direction.
+    """
+    words = _vocabulary_words(size)
+    out = np.empty(size, dtype=np.float32)
+    for start in range(0, size, _CHUNK):
+        bits = _mix_array(words[start : start + _CHUNK] ^ np.uint64(state))
+        bits >>= np.uint64(11)
+        part = out[start : start + _CHUNK]
+        part[:] = bits.view(np.int64)  # signed converts faster; 53 bits fit
+        part *= np.float32(_UNIT)
+        np.clip(part, np.float32(_UNIT), _CLAMP, out=part)
+        np.log1p(np.negative(part, out=part), out=part)
+        np.log(np.negative(part, out=part), out=part)
+        np.negative(part, out=part)
+    out.flags.writeable = False
+    return out
+
+
+def _ranked(row: HalfArray, state: int, ids: IntArray) -> tuple[IntArray, FloatArray]:
+    """Perturb the given ids exactly and sort them by falling value, then rising id."""
+    values = row[ids].astype(np.float64) + _to_gumbel(_bits(state, ids))
+    order = np.lexsort((ids, -values))
+    return ids[order], values[order]
+
+
+def _floor(values: HalfArray, m: int) -> float:
+    """Give a bound that at least m of `values` reach, and not many more."""
+    if m == 1:
+        return float(values.max())
+    blocks = values.shape[0] // _BLOCK
+    if m * 4 > blocks:
+        return float(np.partition(values, -m)[-m])
+    tops = values[: blocks * _BLOCK].reshape(blocks, _BLOCK).max(axis=1)
+    return float(np.partition(tops, -m)[-m])
+
+
+def _best(row: HalfArray, state: int, m: int) -> tuple[IntArray, FloatArray]:
+    """Find the m largest perturbed values of one row [V]; fewer if fewer are finite."""
+    is_finite = row > -np.inf
+    if np.count_nonzero(is_finite) <= max(_SPARSE, 4 * m):
+        ids, values = _ranked(row, state, np.flatnonzero(is_finite))
+        return ids[:m], values[:m]
+    approximate = row + _approximate_gumbel(state, row.shape[0])
+    floor = _floor(approximate, m)
+    floor -= 2 * (_NOISE_ERROR + _ROUNDING * (abs(floor) + MAX_GUMBEL))  # spares a second pass
+    ids, values = _ranked(row, state, np.flatnonzero(approximate >= floor))
+    # At least m exact values reach values[m - 1], so nothing below it can be among the m best,
+    # and whatever reaches it exactly comes within the error bound approximately.
+    certain = float(values[m - 1])
+    reach = max(abs(certain), abs(float(values[0]))) + 1.0
+    safe = certain - _NOISE_ERROR - _ROUNDING * reach
+    if safe < floor:
+        ids, values = _ranked(row, state, np.flatnonzero(approximate >= safe))
+    return ids[:m], values[:m]
+
+
+def _narrow_best(
+    rows: HalfArray, states: Sequence[int], m: int
+) -> tuple[IntArray, FloatArray]:
+    """Find the m <= V largest perturbed values of narrow rows [R, V], all rows at once."""
+    size = rows.shape[1]
+    ids = np.empty((len(rows), m), dtype=np.int64)
+    values = np.empty((len(rows), m), dtype=np.float64)
+    step = max(1, (1 << 20) // size)
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        state = np.array(states[part], dtype=np.uint64)
+        words = (_vocabulary_words(size)[None, :] ^ state[:, None]).reshape(-1)
+        noise = _to_gumbel(_mix_array(words)).reshape(-1, size)
+        perturbed = rows[part].astype(np.float64) + noise
+        if m == 1:
+            ids[part] = perturbed.argmax(axis=1)[:, None]  # the first maximum
+        else:
+            ids[part] = np.argsort(-perturbed, axis=1, kind="stable")[:, :m]
+        values[part] = np.take_along_axis(perturbed, ids[part], axis=1)
+    ids[values == -np.inf] = -1
+    return ids, values
+
+
+def _topk(shaped: Tensor, states: Sequence[int], m: int) -> tuple[IntArray, FloatArray]:
+    """Find the m largest perturbed values of every row, -1 and -inf where there are fewer."""
+    if shaped.ndim != 2 or shaped.shape[0] != len(states):
+        raise ShapeError(
+            f"shaped logits are {tuple(shaped.shape)}, but must be [{len(states)}, V], "
+            "one row per key."
+        )
+    if m < 1:
+        raise ConfigError(f"m is {m}, but must be an integer >= 1.")
+    rows: HalfArray = shaped.detach().to("cpu", torch.float32).numpy()
+    ids = np.full((len(rows), m), -1, dtype=np.int64)
+    values = np.full((len(rows), m), -np.inf)
+    width = min(m, rows.shape[1])
+    if rows.shape[1] <= _NARROW:
+        if len(rows) and width:
+            ids[:, :width], values[:, :width] = _narrow_best(rows, states, width)
+        return ids, values
+    for r, state in enumerate(states):
+        found, value = _best(rows[r], state, width)
+        ids[r, : len(found)], values[r, : len(found)] = found, value
+    return ids, values
+
+
+def _states(keys: Sequence[NoiseKey], stream: Stream, *counters: Sequence[int]) -> list[int]:
+    """Chain every row's key, stream and counters."""
+    if any(len(c) != len(keys) for c in counters):
+        lengths = [len(c) for c in counters]
+        raise ShapeError(f"{len(keys)} noise keys came with counters of lengths {lengths}.")
+    rows = zip(keys, *counters, strict=True)
+    return [_state(key.seed, key.sample, stream, *(int(c) for c in row)) for key, *row in rows]
+
+
+def perturbed_argmax(
+    shaped: Tensor,
+    keys: Sequence[NoiseKey],
+    positions: Sequence[int],
+    *,
+    stream: Stream = Stream.COUPLED,
+) -> Tensor:
+    """Draw one token per row: the largest shaped logit plus noise, the lowest id among ties.
+
+    Args:
+        shaped: float32 [R, V], -inf for removed tokens, no NaN. One copy to the host is made.
+        keys: One per row.
+        positions: Output position of the token each row predicts.
+        stream: Whose noise to use.
+
+    Returns:
+        int64 [R], on the device of `shaped`.
+
+    Raises:
+        ShapeError: If the number of rows, keys and positions differ.
+        CapabilityError: If a row has no finite logit.
+    """
+    ids, _ = _topk(shaped, _states(keys, stream, positions), 1)
+    if (ids < 0).any():
+        row = int(np.flatnonzero(ids[:, 0] < 0)[0])
+        raise CapabilityError(f"row {row} has no token with a finite logit to draw.")
+    return torch.from_numpy(ids[:, 0].copy()).to(shaped.device)
+
+
+def perturbed_topk(
+    shaped: Tensor,
+    keys: Sequence[NoiseKey],
+    positions: Sequence[int],
+    m: int,
+    *,
+    stream: Stream = Stream.COUPLED,
+) -> tuple[Tensor, Tensor]:
+    """Find the m largest of shaped logits plus noise in every row, best first.
+
+    Args:
+        shaped: float32 [R, V], -inf for removed tokens, no NaN.
+        keys: One per row.
+        positions: Output position of the token each row predicts.
+        m: How many, >= 1.
+        stream: Whose noise to use.
+
+    Returns:
+        Token ids int64 [R, m] and perturbed values float64 [R, m], on the device of `shaped`. A
+        row with fewer than m finite logits ends in ids -1 with value -inf.
+
+    Raises:
+        ShapeError: If the number of rows, keys and positions differ.
+        ConfigError: If m is below 1.
+    """
+    ids, values = _topk(shaped, _states(keys, stream, positions), m)
+    return torch.from_numpy(ids).to(shaped.device), torch.from_numpy(values).to(shaped.device)
+
+
+def draft_topk(
+    shaped: Tensor,
+    keys: Sequence[NoiseKey],
+    rounds: Sequence[int],
+    nodes: Sequence[int],
+    m: int,
+) -> tuple[Tensor, Tensor]:
+    """Draw m children per row without replacement for the rejection rules, in draw order.
+
+    Args:
+        shaped: float32 [R, V], -inf for removed tokens, no NaN.
+        keys: One per row.
+        rounds: Number of the round, per row.
+        nodes: The parent whose children are drawn, per row, -1 for the anchor.
+        m: Children to draw, >= 1.
+
+    Returns:
+        Token ids int64 [R, m] in draw order and perturbed values float64 [R, m]; ids -1 with
+        value -inf once a law is exhausted.
+
+    Raises:
+        ShapeError: If the number of rows, keys, rounds and nodes differ.
+        ConfigError: If m is below 1.
+    """
+    ids, values = _topk(shaped, _states(keys, Stream.DRAFT, rounds, nodes), m)
+    return torch.from_numpy(ids).to(shaped.device), torch.from_numpy(values).to(shaped.device)

@@ -1,0 +1,235 @@
+"""The batched verifier: logits of many requests' trees in, one verdict per request out.
+
+All rows are shaped in one call; requests whose rule compares tokens share one computation of the
+target's tokens per rule, with one copy to the host; laws are computed only for requests whose rule
+compares laws, and only at the rows their walk reaches. An empty tree (a plain step, or the token
+that prefill yields) goes the same way, so plain decoding under a rule is the same function.
+
+Letters: M rows of logits, V vocabulary, N nodes of one tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dspark.errors import ConfigError, ShapeError
+from dspark.request import Rule, SamplingParams
+from dspark.tree import DraftTree, Proposal
+from dspark.verify.noise import NoiseKey, Stream, perturbed_argmax, uniform
+from dspark.verify.rules import CLOSING, draw, walk_block, walk_rejection, walk_targets
+from dspark.verify.sampling import History, has_history, law_of_row, shape_logits
+
+__all__ = ["Verdict", "VerifyJob", "verify"]
+
+FloatArray = NDArray[np.float64]
+HalfArray = NDArray[np.float32]
+
+
+def _no_proposal() -> Proposal:
+    none = np.zeros(0, dtype=np.int64)
+    return Proposal(DraftTree(none, none, none, np.zeros(0, dtype=np.float64)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyJob:
+    """One request's part of a verify batch.
+
+    Attributes:
+        start: Row of `logits` that belongs to the anchor; those of the N nodes follow it in index
+            order.
+        params: The request's sampling parameters.
+        rule: The rule in force. At temperature 0 every rule draws the largest logit.
+        noise: Key of the request's noise.
+        position: Output position of the token that follows the anchor, >= 0; 0 after prefill.
+        round: Number of this round, >= 0.
+        proposal: The tree and its laws; empty for a plain step.
+        prompt: Prompt token ids.
+        output: Token ids generated so far, the anchor included.
+        bad_words: Token sequences that must not appear.
+
+    Raises:
+        ConfigError: If start, position or round is negative.
+    """
+
+    start: int
+    params: SamplingParams
+    rule: Rule
+    noise: NoiseKey
+    position: int
+    round: int = 0
+    proposal: Proposal = field(default_factory=_no_proposal)
+    prompt: Sequence[int] = ()
+    output: Sequence[int] = ()
+    bad_words: Sequence[Sequence[int]] = ()
+
+    def __post_init__(self) -> None:
+        for name, value in (
+            ("start", self.start),
+            ("position", self.position),
+            ("round", self.round),
+        ):
+            if value < 0:
+                raise ConfigError(f"{name} is {value}, but must be an integer >= 0.")
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of logits that the job uses: the anchor's and one per node."""
+        return len(self.proposal.tree.token) + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What verification decided for one request.
+
+    Attributes:
+        path: Accepted node indices, root to leaf.
+        closing: The recovered or bonus token that ends the round.
+        tried: Candidates looked at, at depth 1, 2, ... (under the block rule, the chain's tokens).
+    """
+
+    path: tuple[int, ...]
+    closing: int
+    tried: tuple[int, ...] = ()
+
+    @property
+    def accept_len(self) -> int:
+        """Drafted tokens accepted."""
+        return len(self.path)
+
+    @property
+    def tried_depth(self) -> int:
+        """Deepest depth at which a candidate was looked at."""
+        return len(self.tried)
+
+
+def verify(logits: Tensor, jobs: Sequence[VerifyJob]) -> list[Verdict]:
+    """Judge the trees of several requests.
+
+    Args:
+        logits: float [M, V] of the target, any floating dtype, raw.
+        jobs: One per request; a row may belong to one job only.
+
+    Returns:
+        One verdict per job, in order. Each is a function of its own job and rows alone.
+
+    Raises:
+        ShapeError: If a job's rows lie outside `logits`, or its tree and laws do not fit together.
+        CapabilityError: If logits are NaN or infinite, or every token is banned.
+        ConfigError: If a rule cannot verify the tree it was given.
+        DataError: If a draft law is not a law.
+    """
+    if not jobs:
+        return []
+    starts = np.cumsum([0, *(job.num_rows for job in jobs)])
+    shaped = _shape(_rows_of(logits, jobs), jobs)
+    verdicts: dict[int, Verdict] = {}
+    for stream, members in _by_stream(jobs).items():
+        parts = [np.arange(starts[j], starts[j + 1]) for j in members]
+        tokens = _target_tokens(shaped, np.concatenate(parts), [jobs[j] for j in members], stream)
+        at = 0
+        for j in members:
+            n = jobs[j].num_rows
+            path, tried, closing = walk_targets(jobs[j].proposal.tree, tokens[at : at + n])
+            verdicts[j] = Verdict(path, closing, tried)
+            at += n
+    by_law = [j for j in range(len(jobs)) if j not in verdicts]
+    for j in by_law:
+        verdicts[j] = _verify_by_law(shaped[starts[j] : starts[j + 1]], jobs[j])
+    return [verdicts[j] for j in range(len(jobs))]
+
+
+def _rows_of(logits: Tensor, jobs: Sequence[VerifyJob]) -> Tensor:
+    """Bring the jobs' rows together, in job order; no copy if they are already."""
+    total = logits.shape[0] if logits.ndim == 2 else 0
+    wanted: list[int] = []
+    for j, job in enumerate(jobs):
+        stop = job.start + job.num_rows
+        if stop > total:
+            raise ShapeError(
+                f"job {j} needs rows {job.start} to {stop - 1}, but logits are "
+                f"{tuple(logits.shape)}."
+            )
+        wanted.extend(range(job.start, stop))
+    if wanted == list(range(total)):
+        return logits
+    return logits[torch.tensor(wanted, device=logits.device)]
+
+
+def _shape(logits: Tensor, jobs: Sequence[VerifyJob]) -> Tensor:
+    """Shape the rows of all jobs in one call."""
+    params: list[SamplingParams] = []
+    histories: list[History] = []
+    paths: list[Sequence[int]] = []
+    bad_words: list[Sequence[Sequence[int]]] = []
+    for job in jobs:
+        rows = job.num_rows
+        params += [job.params] * rows
+        histories += [History(job.prompt, job.output)] * rows
+        bad_words += [job.bad_words] * rows
+        needs_paths = has_history(job.params, job.bad_words)
+        paths += _paths(job.proposal.tree) if needs_paths else [()] * rows
+    return shape_logits(logits, params, histories, paths, bad_words)
+
+
+def _paths(tree: DraftTree) -> list[Sequence[int]]:
+    """List the tokens from the anchor's child down to each row's own."""
+    paths: list[Sequence[int]] = [()]
+    for token, parent in zip(tree.token.tolist(), tree.parent.tolist(), strict=True):
+        paths.append((*paths[parent + 1], token))
+    return paths
+
+
+def _by_stream(jobs: Sequence[VerifyJob]) -> dict[Stream | None, list[int]]:
+    """Group the token-comparing jobs by the noise they add; None for no noise."""
+    groups: dict[Stream | None, list[int]] = {}
+    for j, job in enumerate(jobs):
+        if job.rule.draws_from_laws:
+            continue
+        stream: Stream | None = None
+        if job.params.temperature > 0 and job.rule is not Rule.GREEDY:
+            stream = Stream.COUPLED if job.rule is Rule.COUPLED else Stream.MATCH
+        groups.setdefault(stream, []).append(j)
+    return groups
+
+
+def _target_tokens(
+    shaped: Tensor, rows: NDArray[np.int64], jobs: Sequence[VerifyJob], stream: Stream | None
+) -> list[int]:
+    """Compute the target's token at each of the jobs' rows."""
+    if len(rows) < shaped.shape[0]:
+        shaped = shaped[torch.from_numpy(rows).to(shaped.device)]
+    tokens: list[int]
+    if stream is None:
+        tokens = shaped.argmax(dim=1).tolist()  # the first maximum: lowest id among ties
+        return tokens
+    keys: list[NoiseKey] = []
+    positions: list[int] = []
+    for job in jobs:
+        keys += [job.noise] * job.num_rows
+        positions += [job.position, *(job.position + job.proposal.tree.depth).tolist()]
+    tokens = perturbed_argmax(shaped, keys, positions, stream=stream).tolist()
+    return tokens
+
+
+def _verify_by_law(shaped: Tensor, job: VerifyJob) -> Verdict:
+    """Judge one tree against the target's laws, computing those that the walk asks for."""
+    host: HalfArray = shaped.detach().to("cpu").numpy()
+    is_greedy = job.params.temperature == 0
+
+    def target_law(row: int) -> FloatArray:
+        return law_of_row(host[row], is_greedy=is_greedy)
+
+    def uniform_of(node: int) -> float:
+        # The position tells the token after prefill from the first round's, whatever the caller
+        # counts as a round there.
+        return uniform(job.noise, job.round, node, job.position)
+
+    rule = walk_rejection if job.rule is Rule.REJECTION else walk_block
+    walk = rule(job.proposal, target_law, uniform_of)
+    return Verdict(walk.path, draw(walk.law, uniform_of(CLOSING)), walk.tried)
