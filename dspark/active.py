@@ -118,9 +118,8 @@ class ActiveRequest:
         self.fresh.append(token)
         if self.num_generated == 1:
             self.stats.time_to_first_token = time.perf_counter() - self.submitted_at
-        if token in eos and not self.params.ignore_eos:
-            self._end(FinishReason.STOP)
-        elif self.output.push(token, is_drafted=is_drafted):
+        is_end = token in eos and not self.params.ignore_eos
+        if is_end or self.output.push(token, is_drafted=is_drafted):
             self._end(FinishReason.STOP)
         elif self.remaining(max_positions) <= 0:
             self._end(FinishReason.LENGTH)

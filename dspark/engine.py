@@ -382,7 +382,7 @@ class Engine:
                 raise DataError("the prompt is empty.", hint="give at least one character")
             tokens = self._needs_codec().encode(prompt)
         elif prompt and isinstance(prompt[0], int):
-            tokens = [int(token) for token in prompt]  # type: ignore[call-overload]
+            tokens = [int(token) for token in prompt if isinstance(token, int)]
         elif prompt:
             tokens = self._needs_codec().encode_chat(list(prompt))  # type: ignore[arg-type]
         else:
@@ -404,7 +404,7 @@ class Engine:
         if not params.bad_words:
             return ()
         codec = self._needs_codec()
-        found = {}
+        found: dict[tuple[int, ...], None] = {}
         for word in params.bad_words:
             for text in (word, " " + word):
                 ids = tuple(codec.encode_plain(text))

@@ -52,6 +52,11 @@ class StepClock:
         return self._weight > 3 and self._variance > 0.5
 
     @property
+    def wants_plain(self) -> bool:
+        """True if only one row count was seen so far: a plain step would tell the costs apart."""
+        return self._weight > 3 and self._variance <= 0.5
+
+    @property
     def _variance(self) -> float:
         return self._rows2 / self._weight - (self._rows / self._weight) ** 2
 

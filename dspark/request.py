@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import TypeAlias
 
 from dspark.errors import ConfigError
@@ -36,7 +36,7 @@ Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
 """Raw text, token ids, or a list of chat messages."""
 
 
-class Rule(str, Enum):
+class Rule(StrEnum):
     """How drafted tokens are accepted (docs/losslessness.md)."""
 
     GREEDY = "greedy"
@@ -51,7 +51,7 @@ class Rule(str, Enum):
         return self in (Rule.REJECTION, Rule.BLOCK)
 
 
-class FinishReason(str, Enum):
+class FinishReason(StrEnum):
     """Why a request ended."""
 
     STOP = "stop"  # an end token, a stop string

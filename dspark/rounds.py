@@ -142,7 +142,8 @@ class RoundRunner:
         room = request.remaining(self._target.info.max_positions) - 1
         depth = min(limits.depth if params.depth is None else params.depth, room, budget)
         wanted = params.draft and budget > 0 and depth > 0 and not self._drafter_failed
-        if not wanted or not request.switch.is_on:
+        measure_plain = request.switch.allowed and self.clock.wants_plain
+        if not wanted or measure_plain or not request.switch.is_on:
             request.switch.skipped()
             return None
         features = {k: torch.cat(v) for k, v in request.features.items()}
@@ -262,7 +263,8 @@ class RoundRunner:
         try:
             return verify(logits, jobs)
         except DsparkError:
-            return [self._verify_alone(logits, job, part) for job, part in zip(jobs, judged, strict=True)]
+            pairs = zip(jobs, judged, strict=True)
+            return [self._verify_alone(logits, job, part) for job, part in pairs]
 
     def _verify_alone(self, logits: torch.Tensor, job: VerifyJob, part: _Part) -> Verdict:
         """Judge one request by itself, so that its error does not reach the others."""

@@ -21,7 +21,15 @@ if TYPE_CHECKING:
 
     from dspark.cache import Cache
 
-__all__ = ["BatchPart", "ExactnessReport", "RowSpan", "Target", "TargetInfo", "TargetOutput", "TokenBatch"]
+__all__ = [
+    "BatchPart",
+    "ExactnessReport",
+    "RowSpan",
+    "Target",
+    "TargetInfo",
+    "TargetOutput",
+    "TokenBatch",
+]
 
 IntArray = NDArray[np.int64]
 

@@ -62,7 +62,7 @@ class TreeGrower:
         return len(self.token)
 
     def add(self, parent: int, token: int, survival: float) -> int:
-        """Append a node, held to its parent's survival; returns its index."""
+        """Append a node of survival >= 0, held to its parent's; returns its index."""
         if parent < 0:
             depth, above = 1, 1.0
         else:
@@ -70,7 +70,7 @@ class TreeGrower:
         self.token.append(token)
         self.parent.append(parent)
         self.depth.append(depth)
-        self.survival.append(min(max(survival, 0.0), above))
+        self.survival.append(survival if survival < above else above)
         return len(self.token) - 1
 
     def path_tokens(self, node: int) -> list[int]:

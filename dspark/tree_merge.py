@@ -10,7 +10,6 @@ import torch
 
 from dspark.errors import ShapeError
 from dspark.tree import DraftTree, FloatArray, IntArray, Proposal
-from dspark.tree_build import TreeGrower
 
 __all__ = ["limit_width", "merge"]
 
@@ -78,16 +77,27 @@ def _unify(first: DraftTree, second: DraftTree) -> tuple[DraftTree, list[int]]:
 
 def _coherent(tokens: list[int], parents: list[int], survival: list[float]) -> DraftTree:
     """Scale children down where together they claim more than their parent has."""
-    claimed: dict[int, float] = {}
+    size = len(tokens)
+    claimed = [0.0] * (size + 1)  # by the children of each node; the anchor's at -1
     for parent, value in zip(parents, survival, strict=True):
-        claimed[parent] = claimed.get(parent, 0.0) + value
-    grown = TreeGrower()
-    factor = {-1: min(1.0, 1.0 / claimed[-1]) if claimed.get(-1) else 1.0}
-    for node, (token, parent, value) in enumerate(zip(tokens, parents, survival, strict=True)):
-        grown.add(parent, token, value * factor[parent])
-        below = claimed.get(node, 0.0)
-        factor[node] = min(factor[parent], grown.survival[node] / below) if below else 1.0
-    return grown.build()
+        claimed[parent] += value
+    factor = [1.0] * (size + 1)  # for the children of each node
+    factor[-1] = 1.0 / max(1.0, claimed[-1])
+    depth = [0] * (size + 1)
+    worth = [1.0] * (size + 1)
+    for node, parent in enumerate(parents):
+        scale, above = factor[parent], worth[parent]
+        value = survival[node] * scale
+        worth[node] = value = value if value < above else above
+        depth[node] = depth[parent] + 1
+        below = claimed[node]
+        factor[node] = value / below if below * scale > value else scale
+    return DraftTree(
+        np.array(tokens, dtype=np.int64),
+        np.array(parents, dtype=np.int64),
+        np.array(depth[:size], dtype=np.int64),
+        np.array(worth[:size], dtype=np.float64),
+    )
 
 
 def _append(first: Proposal, second: Proposal) -> Proposal:

@@ -163,7 +163,7 @@ def test_wrong_depths_nodes_and_masks_are_refused():
 
 
 def test_a_proposal_s_laws_follow_its_nodes():
-    tree = DraftTree.build([5, 6, 7, 8], [-1, -1, 0, 1], [0.5, 0.6, 0.1, 0.5])
+    tree = DraftTree.build([5, 6, 7, 8], [-1, -1, 0, 1], [0.4, 0.6, 0.1, 0.5])
     laws = torch.eye(3)
     proposal = Proposal(tree, laws, np.array([0, POINT_MASS, 1, 2]), ("a", "b", "a", "b"))
     proposal.validate()
@@ -253,7 +253,9 @@ def full_tree(toy, depth, width):
         new = []
         for path, worth in level:
             tokens, probs = toy.law(path)
-            new += [((*path, t), worth * p) for t, p in list(zip(tokens, probs))[:width]]
+            new += [
+                ((*path, t), worth * p) for t, p in list(zip(tokens, probs, strict=True))[:width]
+            ]
         paths += new
         level = new
     return paths
@@ -326,7 +328,9 @@ def test_a_merged_tree_has_the_paths_of_both_once(first, second):
     new = paths[first.num_nodes :] if first.num_nodes else []
     assert len(new) == len(set(new))  # first's own duplicates stay, second adds none
     if first.num_nodes and second.num_nodes:
-        assert paths[: first.num_nodes] == [tuple(first.path_tokens(n)) for n in range(len(first.token))]
+        assert paths[: first.num_nodes] == [
+            tuple(first.path_tokens(n)) for n in range(len(first.token))
+        ]
         for node in range(-1, both.num_nodes):
             above = 1.0 if node < 0 else both.survival[node]
             assert both.survival[both.children_of(node)].sum() <= above + 1e-9
@@ -360,8 +364,8 @@ def test_merging_for_rejection_keeps_every_candidate_and_its_law():
     assert merge(second, Proposal.empty(), keep_duplicates=True) is second
     with pytest.raises(ShapeError):
         merge(Proposal(first.tree), second, keep_duplicates=True)
+    narrow = Proposal(second.tree, laws[:, :2], second.law_of)
     with pytest.raises(ShapeError):
-        narrow = Proposal(second.tree, laws[:, :2], second.law_of)
         merge(second, narrow, keep_duplicates=True)
 
 

@@ -1,0 +1,1 @@
+"""Adapters: targets over the model code of transformers, one small file per family."""

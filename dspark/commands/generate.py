@@ -30,7 +30,9 @@ __all__ = ["generate"]
 
 
 def generate(  # noqa: PLR0913 - one parameter per option is how Typer works
-    prompt: Annotated[str | None, typer.Argument(help="The prompt; - reads standard input.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt; - reads standard input.")
+    ] = None,
     file: Annotated[
         list[str] | None, typer.Option("--file", help="Read a prompt from a file (repeatable).")
     ] = None,
@@ -129,7 +131,9 @@ def with_model_defaults(
     params: SamplingParams, engine: Engine, given: dict[str, Any]
 ) -> SamplingParams:
     """Fill in what the user did not give from the model's own sampling defaults."""
-    own = {k: v for k, v in engine.sampling_defaults.items() if given.get(k) is None}
+    own: dict[str, Any] = {
+        k: v for k, v in engine.sampling_defaults.items() if given.get(k) is None
+    }
     if given.get("temperature") == 0:
         own = {}
     if "top_k" in own:

@@ -1,0 +1,1 @@
+"""Drafters: from a context to a tree of candidate tokens."""

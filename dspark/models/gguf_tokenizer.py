@@ -73,7 +73,7 @@ def _rebuild(file: GGUFFile, pre: str) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     # What the file says goes before this.
-    rule = {"add_bos_token": True} if pre in _BEGINS_WITH_BOS else {}
+    rule: dict[str, Any] = {"add_bos_token": True} if pre in _BEGINS_WITH_BOS else {}
 
     try:
         made: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(

@@ -39,7 +39,7 @@ _SCHEMA = 1
 _BUILD_PREFIX = ".build"
 _DAY = 86_400  # seconds after which another host's work in progress counts as abandoned
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-_NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 def cache_root(cache: str | Path | None = None) -> Path:
@@ -150,7 +150,7 @@ def explain_disk_errors(folder: Path) -> Iterator[None]:
         number = exc.errno if isinstance(exc, OSError) else None
         text = str(exc)
         if number in _NO_SPACE or "os error 28" in text or "No space left on device" in text:
-            raise disk_full(folder) from exc
+            raise _disk_full(folder) from exc
         if number in _NO_ACCESS:
             raise CheckpointError(
                 f"the cache folder {folder} cannot be written ({os.strerror(number or 0)}).",
@@ -159,7 +159,7 @@ def explain_disk_errors(folder: Path) -> Iterator[None]:
         raise
 
 
-def disk_full(folder: Path) -> CheckpointError:
+def _disk_full(folder: Path) -> CheckpointError:
     """Return the error that says that the disk of `folder` is full."""
     return CheckpointError(
         f"there is no space left on the disk that holds {folder}.",

@@ -1,18 +1,16 @@
 """Counter-based noise: every random number is a pure function of the words that name it.
 
-A word is one integer of the name: seed, sample index, stream, counters, token id. Words are
-chained through a 64-bit finaliser, so a number never depends on what was asked for before, on the
-batch, or on whether a whole vocabulary or a few ids were asked for. Streams keep the noise of the
-coupled rule, of sample-match, of drafts and of the rejection rules apart.
+A word is one integer of the name: seed, sample index, stream, counters, token id. Words are chained
+through a 64-bit finaliser, so a number never depends on what was asked for before, on the batch, or
+on whether a whole vocabulary or a few ids were asked for.
 
 Perturbing logits with Gumbel noise and taking the maximum draws from their softmax; taking the m
 largest draws m tokens without replacement, best first. Uniforms have 53 bits and are computed in
 float64: 24-bit uniforms would cap the noise at 16.6 and bend the tails.
 
-Speed: for a wide vocabulary a float32 approximation of the noise, shared by all rows that ask for
-the same key and position, selects the few tokens that can be among the best; only those are
-evaluated in float64. The selection keeps every token whose approximate value comes within a
-proven error bound of a value that is already certain, so the result is the brute-force one.
+Speed: for a wide vocabulary a float32 approximation of the noise, shared by all rows of the same
+key and position, selects every token that comes within a proven error bound of a value that is
+already certain; only those are evaluated in float64. The result is the brute-force one.
 
 Sources: finaliser: Stafford's variant 13 as in SplitMix64 (Steele, Lea, Flood 2014); Gumbel top-m:
 Kool, van Hoof, Welling 2019; coupling by shared noise: Daliri, Musco, Suresh 2024.
@@ -22,7 +20,7 @@ Letters: R rows, V vocabulary, m best tokens asked for, n ids asked for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
@@ -66,8 +64,8 @@ _CHUNK = 8192  # words hashed at a time, so that they stay in the first-level ca
 _BLOCK = 256  # width of the blocks whose maxima bound the m-th largest value
 _CACHED_VECTORS = 64  # 12 MiB at V = 49 152, 64 MiB at V = 262 144
 
-# Bound on |approximate - exact| of the noise: 2e-5 was never exceeded by theory (see
-# `_approximate_gumbel`); the relative part covers float32 rounding of large logits.
+# Slack for approximate values: five times the noise's own bound (see `_approximate_gumbel`), and
+# a relative part for the float32 rounding of large logits.
 _NOISE_ERROR = 1e-4
 _ROUNDING = 2.0**-22
 _CLAMP = np.float32(1 - 2.0**-10)
@@ -98,6 +96,7 @@ class NoiseKey:
     sample: int = 0
 
     def __post_init__(self) -> None:
+        """Check the ranges."""
         if not 0 <= self.seed <= _MASK:
             raise ConfigError(f"seed is {self.seed}, but must be from 0 to 2**64 - 1.")
         if not 0 <= self.sample <= _MASK:
@@ -123,17 +122,26 @@ def _mix_array(words: WordArray) -> WordArray:
     return words
 
 
-@lru_cache(maxsize=1 << 14)
-def _state(*words: int) -> int:
-    """Chain words, each in 64-bit two's complement, into one 64-bit state."""
-    state = 0
+def _extend(state: int, words: Iterable[int]) -> int:
+    """Chain words, each in 64-bit two's complement, to a state."""
     for word in words:
         state = _mix(state ^ _mix((word + _GOLDEN) & _MASK))
     return state
 
 
+@lru_cache(maxsize=1 << 12)
+def _stream_state(key: NoiseKey, stream: Stream) -> int:
+    """The state that all noise of one stream of a key starts from."""
+    return _extend(0, (key.seed, key.sample, stream))
+
+
+def _state(key: NoiseKey, stream: Stream, *counters: int) -> int:
+    """The state named by a key, a stream and counters."""
+    return _extend(_stream_state(key, stream), counters)
+
+
 def _token_words(ids: IntArray) -> WordArray:
-    """Scramble token ids [n] as `_state` scrambles a word before chaining it."""
+    """Scramble token ids [n] as `_extend` scrambles a word before chaining it."""
     return _mix_array(ids.astype(np.uint64) + np.uint64(_GOLDEN))
 
 
@@ -152,7 +160,8 @@ def _bits(state: int, ids: IntArray) -> WordArray:
 
 def _unit(bits: WordArray) -> FloatArray:
     """Map 64 bits to multiples of 2**-53 in [2**-53, 1 - 2**-53]."""
-    return np.maximum(bits >> np.uint64(11), np.uint64(1)).astype(np.float64) * _UNIT
+    numerators = np.maximum(bits >> np.uint64(11), np.uint64(1))
+    return numerators.astype(np.float64) * _UNIT
 
 
 def _to_gumbel(bits: WordArray) -> FloatArray:
@@ -166,18 +175,9 @@ def _to_gumbel(bits: WordArray) -> FloatArray:
 
 
 def gumbel(key: NoiseKey, position: int, token_ids: Sequence[int] | IntArray) -> FloatArray:
-    """Give the coupled rule's noise at an output position.
-
-    Args:
-        key: The sample's key.
-        position: Output position, from 0.
-        token_ids: int64 [n].
-
-    Returns:
-        float64 [n], standard Gumbel.
-    """
+    """Give the coupled rule's noise at an output position: float64 [n] for token ids [n]."""
     ids = np.asarray(token_ids, dtype=np.int64)
-    return _to_gumbel(_bits(_state(key.seed, key.sample, Stream.COUPLED, position), ids))
+    return _to_gumbel(_bits(_state(key, Stream.COUPLED, position), ids))
 
 
 def draft_gumbel(
@@ -195,7 +195,7 @@ def draft_gumbel(
         float64 [n], standard Gumbel, independent of every other stream.
     """
     ids = np.asarray(token_ids, dtype=np.int64)
-    return _to_gumbel(_bits(_state(key.seed, key.sample, Stream.DRAFT, round_index, node), ids))
+    return _to_gumbel(_bits(_state(key, Stream.DRAFT, round_index, node), ids))
 
 
 def uniform(key: NoiseKey, *counters: int) -> float:
@@ -208,7 +208,7 @@ def uniform(key: NoiseKey, *counters: int) -> float:
     Returns:
         A multiple of 2**-53, strictly between 0 and 1.
     """
-    bits = _state(key.seed, key.sample, Stream.RULE, *counters)
+    bits = _state(key, Stream.RULE, *counters)
     return max(bits >> 11, 1) * _UNIT
 
 
@@ -274,9 +274,7 @@ def _best(row: HalfArray, state: int, m: int) -> tuple[IntArray, FloatArray]:
     return ids[:m], values[:m]
 
 
-def _narrow_best(
-    rows: HalfArray, states: Sequence[int], m: int
-) -> tuple[IntArray, FloatArray]:
+def _narrow_best(rows: HalfArray, states: Sequence[int], m: int) -> tuple[IntArray, FloatArray]:
     """Find the m <= V largest perturbed values of narrow rows [R, V], all rows at once."""
     size = rows.shape[1]
     ids = np.empty((len(rows), m), dtype=np.int64)
@@ -326,7 +324,12 @@ def _states(keys: Sequence[NoiseKey], stream: Stream, *counters: Sequence[int]) 
         lengths = [len(c) for c in counters]
         raise ShapeError(f"{len(keys)} noise keys came with counters of lengths {lengths}.")
     rows = zip(keys, *counters, strict=True)
-    return [_state(key.seed, key.sample, stream, *(int(c) for c in row)) for key, *row in rows]
+    return [_state(key, stream, *map(int, row)) for key, *row in rows]
+
+
+def _tensors(like: Tensor, found: tuple[IntArray, FloatArray]) -> tuple[Tensor, Tensor]:
+    ids, values = (torch.from_numpy(x).to(like.device) for x in found)
+    return ids, values
 
 
 def perturbed_argmax(
@@ -366,14 +369,9 @@ def perturbed_topk(
     *,
     stream: Stream = Stream.COUPLED,
 ) -> tuple[Tensor, Tensor]:
-    """Find the m largest of shaped logits plus noise in every row, best first.
+    """Find the m >= 1 largest of shaped logits plus noise in every row, best first.
 
-    Args:
-        shaped: float32 [R, V], -inf for removed tokens, no NaN.
-        keys: One per row.
-        positions: Output position of the token each row predicts.
-        m: How many, >= 1.
-        stream: Whose noise to use.
+    The other arguments are those of `perturbed_argmax`.
 
     Returns:
         Token ids int64 [R, m] and perturbed values float64 [R, m], on the device of `shaped`. A
@@ -383,8 +381,7 @@ def perturbed_topk(
         ShapeError: If the number of rows, keys and positions differ.
         ConfigError: If m is below 1.
     """
-    ids, values = _topk(shaped, _states(keys, stream, positions), m)
-    return torch.from_numpy(ids).to(shaped.device), torch.from_numpy(values).to(shaped.device)
+    return _tensors(shaped, _topk(shaped, _states(keys, stream, positions), m))
 
 
 def draft_topk(
@@ -396,20 +393,11 @@ def draft_topk(
 ) -> tuple[Tensor, Tensor]:
     """Draw m children per row without replacement for the rejection rules, in draw order.
 
-    Args:
-        shaped: float32 [R, V], -inf for removed tokens, no NaN.
-        keys: One per row.
-        rounds: Number of the round, per row.
-        nodes: The parent whose children are drawn, per row, -1 for the anchor.
-        m: Children to draw, >= 1.
-
-    Returns:
-        Token ids int64 [R, m] in draw order and perturbed values float64 [R, m]; ids -1 with
-        value -inf once a law is exhausted.
+    As `perturbed_topk`, but for the names: the round, and the parent whose children are drawn (-1
+    for the anchor), per row.
 
     Raises:
         ShapeError: If the number of rows, keys, rounds and nodes differ.
         ConfigError: If m is below 1.
     """
-    ids, values = _topk(shaped, _states(keys, Stream.DRAFT, rounds, nodes), m)
-    return torch.from_numpy(ids).to(shaped.device), torch.from_numpy(values).to(shaped.device)
+    return _tensors(shaped, _topk(shaped, _states(keys, Stream.DRAFT, rounds, nodes), m))

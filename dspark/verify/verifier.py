@@ -69,6 +69,7 @@ class VerifyJob:
     bad_words: Sequence[Sequence[int]] = ()
 
     def __post_init__(self) -> None:
+        """Check the ranges."""
         for name, value in (
             ("start", self.start),
             ("position", self.position),

@@ -225,7 +225,7 @@ def test_block_verification_accepts_at_least_as_much_as_rejection() -> None:
     assert by_block > by_token + 1e-3
 
 
-def plain_rejection(fault: str | None) -> LawRule:
+def plain_rejection(fault: str | None) -> LawRule:  # noqa: C901 - one branch per fault
     """An independent rejection rule, with one fault or none."""
 
     def judge_law(proposal: Proposal, node: int, size: int) -> np.ndarray:
@@ -234,7 +234,9 @@ def plain_rejection(fault: str | None) -> LawRule:
             return np.eye(size)[proposal.tree.token[node]]
         return proposal.laws[k].numpy().copy()
 
-    def rule(proposal: Proposal, target_law: Callable, uniform: Callable) -> Walk:
+    def rule(  # noqa: C901 - one branch per fault
+        proposal: Proposal, target_law: Callable, uniform: Callable
+    ) -> Walk:
         path, row, last = [], 0, None
         while True:
             p = target_law(0 if fault == "law of row 0" else row).copy()

@@ -31,7 +31,7 @@ def proposal_of(
 
 def test_children_keep_draw_order() -> None:
     assert children_of(tree_of([5, 6, 7, 8], [-1, 0, -1, 0])) == [[0, 2], [1, 3], [], [], []]
-    with pytest.raises(ShapeError, match="node 1 has parent 1"):
+    with pytest.raises(ShapeError, match="node 0 has parent 0"):
         children_of(DraftTree(*[np.array([0, 1])] * 3, survival=np.ones(2)))
 
 
@@ -120,7 +120,9 @@ def test_a_walk_asks_only_for_the_laws_it_needs() -> None:
         asked.append(row)
         return np.array([0.5, 0.5])
 
-    binary = proposal_of([0, 1, 0, 1, 0, 1], [-1, -1, 0, 0, 1, 1], [[0.5, 0.5]] * 3, [0] * 2 + [1] * 2 + [2] * 2)
+    binary = proposal_of(
+        [0, 1, 0, 1, 0, 1], [-1, -1, 0, 0, 1, 1], [[0.5, 0.5]] * 3, [0] * 2 + [1] * 2 + [2] * 2
+    )
     assert walk_rejection(binary, law, lambda _: 0.5).path == (0, 2)
     assert asked == [0, 1, 3]
 

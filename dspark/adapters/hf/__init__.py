@@ -1,0 +1,1 @@
+"""Shared machinery of targets that wrap transformers models."""

@@ -67,7 +67,7 @@ class Span:
 
     @property
     def rows(self) -> int:
-        """n."""
+        """Rows of the span, n."""
         return self.stop - self.start
 
     def column_positions(self) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -202,7 +202,7 @@ def no_mask(*args: object, **kwargs: object) -> None:
     """Mask function for transformers: our attention makes its own masks."""
 
 
-def attention_forward(
+def attention_forward(  # noqa: PLR0913 - the signature is transformers'
     module: nn.Module,
     query: Tensor,
     key: Tensor,

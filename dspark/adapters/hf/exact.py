@@ -25,7 +25,15 @@ from dspark.target import BatchPart, ExactnessReport, TokenBatch
 if TYPE_CHECKING:
     from dspark.adapters.hf.target import HFTarget
 
-__all__ = ["DEFAULT_MAX_COST", "check_trees", "measure_cost", "probe_key", "read_probe", "write_probe"]
+__all__ = [
+    "DEFAULT_MAX_COST",
+    "check_trees",
+    "measure_cost",
+    "probe_key",
+    "read_probe",
+    "report",
+    "write_probe",
+]
 
 DEFAULT_MAX_COST = 0.10
 """Exact mode is the default unless it slows a one-row step by more than this."""

@@ -42,9 +42,10 @@ class _RoutingWeight(torch.Tensor):
     ) -> Any:
         if func is nn.functional.linear and isinstance(args[1], cls):
             rows = args[0].reshape(-1, args[0].shape[-1])
-            out = run_windowed(args[1].product, rows, args[1].window)
+            weight: Any = args[1]
+            out = run_windowed(weight.product, rows, weight.window)
             return out.view(*args[0].shape[:-1], -1)
-        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[misc]
+        return super().__torch_function__(func, types, args, kwargs or {})
 
 
 def _experts_forward(
@@ -121,7 +122,7 @@ def pack_experts(model: nn.Module, kernel: str, windows: Windows) -> None:
             setattr(module, name, nn.Parameter(torch.empty(0), requires_grad=False))
     for router in _routers(model):
         weight = router.weight.detach()
-        stable = weight.as_subclass(_RoutingWeight)
+        stable: Any = weight.as_subclass(_RoutingWeight)
         stable.product = make(weight, None)
         stable.window = window(weight)
         del router.weight

@@ -15,7 +15,7 @@ Letters: N rows, I inputs, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -191,7 +191,7 @@ def run_windowed(product: Product, rows: Tensor, window: RowWindow | None) -> Te
 
 
 def replace_linears(
-    root: nn.Module, kernel: str, windows: dict[tuple[int, int], RowWindow | None] | None
+    root: nn.Module, kernel: str, windows: Mapping[tuple[int, int], RowWindow] | None
 ) -> None:
     """Replace every nn.Linear below `root`, in place.
 

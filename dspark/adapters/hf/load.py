@@ -266,7 +266,7 @@ def _load_weights(
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -282,6 +282,7 @@ def _load_weights(
         raise CheckpointError(f"the weights in {folder} cannot be loaded: {first}") from exc
     finally:
         hf_logging.set_verbosity(level)
+    model, info = loaded
     missing = sorted(info.get("missing_keys") or [])
     mismatched = sorted(str(item[0]) for item in info.get("mismatched_keys") or [])
     if missing or mismatched:

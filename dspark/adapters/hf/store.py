@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dspark.cache import CacheFullError, CacheUsage
 from dspark.errors import ShapeError
-from dspark.target import RowSpan, TokenBatch
+from dspark.target import TokenBatch
 
 __all__ = ["PAGE_TOKENS", "LayerShape", "Piece", "Segment", "SlotState", "StoreCache"]
 
@@ -172,10 +172,7 @@ class StoreCache:
             return
         needed = -(-missing // PAGE_TOKENS)
         # Later segments double the slot, so their number stays logarithmic in its length.
-        pages = max(needed, state.capacity // PAGE_TOKENS) if state.pieces else needed
-        segment = self._allocate(pages, least=needed)
-        segment.users += 1
-        state.pieces.append(Piece(segment, state.capacity, segment.pages * PAGE_TOKENS))
+        self._grow(state, max(needed, state.capacity // PAGE_TOKENS), least=needed)
 
     def commit(self, slot: int, path: Sequence[int]) -> None:
         """Keep these rows; see `dspark.cache.Cache.commit`."""
@@ -307,6 +304,11 @@ class StoreCache:
 
     # -- inside -------------------------------------------------------------------------------
 
+    def _grow(self, state: SlotState, pages: int, *, least: int) -> None:
+        segment = self._allocate(pages, least=least)
+        segment.users += 1
+        state.pieces.append(Piece(segment, state.capacity, segment.pages * PAGE_TOKENS))
+
     def _allocate(self, pages: int, *, least: int) -> Segment:
         if self._limit is not None:
             room = self._limit // self.page_bytes() - self._pages
@@ -359,12 +361,11 @@ class StoreCache:
         state.tokens = donor.tokens[:whole]
         if shared == whole:
             return
-        slot = next(number for number, other in self._slots.items() if other is state)
         kept = [number for number, other in self._kept.items() if other is donor]
         for number in kept:  # making room must not drop the donor
             del self._kept[number]
         try:
-            self.reserve(slot, shared - whole)
+            self._grow(state, 1, least=1)
         except CacheFullError:
             return
         finally:
@@ -415,7 +416,3 @@ def _set_columns(state: SlotState, name: str, group: int, start: int, data: Tens
             tensor: Tensor = getattr(piece.segment, name)[group]
             tensor[:, :, a - piece.start : b - piece.start] = data[:, :, a - start : b - start]
 
-
-def span_rows(span: RowSpan) -> int:
-    """Rows of a span."""
-    return span.stop - span.start
