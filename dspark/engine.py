@@ -498,5 +498,3 @@ class Engine:
                 request.cancel()
         self._waiting = deque(r for r in self._waiting if r.phase is not Phase.DONE)
         self._retire()
-
-

@@ -200,9 +200,7 @@ class RoundRunner:
             chunk = request.prompt[done : done + room]
             ends = done + len(chunk) == len(request.prompt)
             part = BatchPart.chain(_slot(request), chunk, done, want_last=ends)
-            parts.append(
-                _Part(request, Proposal.empty(), part, is_prefill=True, ends_prefill=ends)
-            )
+            parts.append(_Part(request, Proposal.empty(), part, is_prefill=True, ends_prefill=ends))
             room -= len(chunk)
         return parts
 
@@ -289,9 +287,7 @@ class RoundRunner:
         before = request.num_generated
         for i, token in enumerate(tokens):
             if request.params.logprobs is not None:
-                request.logprobs.append(
-                    _logprob(logits[rows[i]], token, request.params.logprobs)
-                )
+                request.logprobs.append(_logprob(logits[rows[i]], token, request.params.logprobs))
             goes_on = request.append(
                 token,
                 is_drafted=i < len(verdict.path),

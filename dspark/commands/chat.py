@@ -159,9 +159,7 @@ class Talk:
         self._messages.append({"role": "user", "content": line})
         turn = len(self._messages) // 2
         try:
-            (request,) = self._engine.submit(
-                self._system + self._messages, self._turn_params(turn)
-            )
+            (request,) = self._engine.submit(self._system + self._messages, self._turn_params(turn))
             for chunk in self._engine.follow(request):
                 for piece in chunk.pieces:
                     shade = self._tint and piece.is_drafted

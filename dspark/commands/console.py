@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dspark.engine import Engine
-    from dspark.request import GenerationResult
+    from dspark.request import GenerationResult, RequestStats
 
 __all__ = [
     "DeviceOption",
@@ -120,35 +120,50 @@ def read_text(path: str) -> str:
 
 
 def print_stats(console: Console, engine: Engine, results: Sequence[GenerationResult]) -> None:
-    """Print what speculation did, one row per sample, and what exact mode found."""
+    """Print what speculation did, one line per sample, and what exact mode found."""
     from rich.table import Table
 
-    table = Table(title=None, header_style="bold", pad_edge=False)
-    names = ("sample", "tokens", "rounds", "drafted", "accepted", "tau", "tok/s")
-    for name in (*names, "first token", "draft / verify / rest", "accepted by depth"):
-        table.add_column(name, justify="right")
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    is_many = len(results) > 1
+    names = ("tokens", "rounds", "drafted", "accepted", "tau", "tok/s", "first token")
+    for name in (("sample",) if is_many else ()) + names:
+        table.add_column(name, justify="right", no_wrap=True)
     for result in results:
         s = result.stats
-        depth = " ".join(
-            f"{100 * a / v:.0f}%" if v else "-"
-            for a, v in zip(s.accepted_at_depth[:6], s.verified_at_depth[:6], strict=False)
-        )
-        table.add_row(
-            f"{result.prompt_index}.{result.sample_index}",
-            str(s.output_tokens),
-            str(s.rounds),
-            str(s.verified),
-            str(s.accepted),
-            f"{s.accepted_length:.2f}",
-            f"{s.tokens_per_second:.1f}",
-            f"{s.time_to_first_token:.2f} s",
-            f"{s.seconds_draft:.2f} / {s.seconds_verify:.2f} / {s.seconds_rest:.2f} s",
-            depth or "-",
-        )
+        cells = [f"{result.prompt_index}.{result.sample_index}"] if is_many else []
+        cells += [str(s.output_tokens), str(s.rounds), str(s.verified), str(s.accepted)]
+        cells += [f"{s.accepted_length:.2f}", f"{s.tokens_per_second:.1f}"]
+        table.add_row(*cells, f"{s.time_to_first_token:.2f} s")
     console.print(table)
+    for line in _summary(engine, [result.stats for result in results]):
+        console.print(f"[dim]{line}[/]")
+
+
+def _summary(engine: Engine, stats: Sequence[RequestStats]) -> list[str]:
+    """Lines about all samples together: acceptance by depth, time, model, exact mode."""
+    lines = []
+    depth = max((len(s.verified_at_depth) for s in stats), default=0)
+    rates = []
+    for k in range(depth):
+        verified = sum(s.verified_at_depth[k] for s in stats if k < len(s.verified_at_depth))
+        accepted = sum(s.accepted_at_depth[k] for s in stats if k < len(s.accepted_at_depth))
+        rates.append(f"{100 * accepted / verified:.0f}%" if verified else "-")
+    if rates:
+        lines.append("rounds that accepted a token at depth 1, 2, ...: " + " ".join(rates))
+    parts = {
+        "prefill": sum(s.seconds_prefill for s in stats),
+        "draft": sum(s.seconds_draft for s in stats),
+        "verify": sum(s.seconds_verify for s in stats),
+        "rest": sum(s.seconds_rest for s in stats),
+    }
+    lines.append("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in parts.items()))
     info, exactness = engine.target.info, engine.target.exactness
-    console.print(
-        f"{info.name} ({info.family}, {info.dtype}, {info.device}), draft {engine.drafter.name}; "
-        f"exact mode {exactness.reason}; linear kernel {exactness.backend}, "
-        f"at least {exactness.min_rows} rows"
+    lines.append(
+        f"target {info.name} ({info.family}, {info.dtype}, {info.device}), "
+        f"draft {engine.drafter.name}"
     )
+    lines.append(
+        f"exact mode {exactness.reason}; linear kernel {exactness.backend}, "
+        f"at least {exactness.min_rows} row{'s' if exactness.min_rows > 1 else ''} a forward"
+    )
+    return lines

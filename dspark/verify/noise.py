@@ -55,17 +55,13 @@ _FIRST = 0xBF58476D1CE4E5B9
 _SECOND = 0x94D049BB133111EB
 _UNIT = 2.0**-53
 
-MAX_GUMBEL = 36.75
-"""Above the largest Gumbel value that can occur, 53 ln 2; the smallest is -3.61."""
-
+MAX_GUMBEL = 36.75  # above the largest value that can occur, 53 ln 2; the smallest is -3.61
 _NARROW = 512  # up to this width rows are evaluated together, in float64 throughout
 _SPARSE = 1024  # rows with no more finite entries than this are evaluated on those alone
 _CHUNK = 8192  # words hashed at a time, so that they stay in the first-level cache
 _BLOCK = 256  # width of the blocks whose maxima bound the m-th largest value
 _CACHED_VECTORS = 64  # 12 MiB at V = 49 152, 64 MiB at V = 262 144
-
-# Slack for approximate values: five times the noise's own bound (see `_approximate_gumbel`), and
-# a relative part for the float32 rounding of large logits.
+# Five times the noise's own bound (see `_approximate_gumbel`), and float32 rounding of logits.
 _NOISE_ERROR = 1e-4
 _ROUNDING = 2.0**-22
 _CLAMP = np.float32(1 - 2.0**-10)
@@ -160,8 +156,8 @@ def _bits(state: int, ids: IntArray) -> WordArray:
 
 def _unit(bits: WordArray) -> FloatArray:
     """Map 64 bits to multiples of 2**-53 in [2**-53, 1 - 2**-53]."""
-    numerators = np.maximum(bits >> np.uint64(11), np.uint64(1))
-    return numerators.astype(np.float64) * _UNIT
+    values: FloatArray = np.maximum(bits >> np.uint64(11), np.uint64(1)).astype(np.float64) * _UNIT
+    return values
 
 
 def _to_gumbel(bits: WordArray) -> FloatArray:

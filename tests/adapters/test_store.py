@@ -67,9 +67,7 @@ class CacheMachine(RuleBasedStateMachine):
         tokens = self.random.integers(3, VOCAB, len(parents)).tolist()
         start = len(self.context[slot])
         self.cache.reserve(slot, len(parents))
-        part = BatchPart(
-            slot, tokens, [start + d for d in depth], parents, range(len(parents))
-        )
+        part = BatchPart(slot, tokens, [start + d for d in depth], parents, range(len(parents)))
         logits = self.target.forward(TokenBatch.build([part]), self.cache).logits
         path = [min(take, len(parents) - 1)]
         while parents[path[0]] >= 0:
@@ -111,9 +109,7 @@ test_any_sequence_of_trees_and_paths_leaves_what_plain_decoding_leaves = CacheMa
 
 def small_cache(limit: int | None = None) -> StoreCache:
     shapes = [LayerShape(layer=0, heads=1, head_dim=8), LayerShape(layer=1, heads=1, head_dim=8)]
-    return StoreCache(
-        shapes, dtype=torch.float32, device=torch.device("cpu"), memory_limit=limit
-    )
+    return StoreCache(shapes, dtype=torch.float32, device=torch.device("cpu"), memory_limit=limit)
 
 
 def write_rows(cache: StoreCache, slot: int, tokens: list[int]) -> None:

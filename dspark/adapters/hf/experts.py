@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from dspark.adapters.hf.linear import KERNELS, Product, RowWindow, run_windowed
+from dspark.adapters.hf.linear import KERNELS, RowWindow, run_windowed
 
 __all__ = ["EXPERTS_NAME", "expert_shapes", "pack_experts", "use_row_stable_experts"]
 
@@ -27,10 +27,7 @@ Windows = Mapping[tuple[int, int], RowWindow] | None
 
 
 class _RoutingWeight(torch.Tensor):
-    """A router's weight that runs `linear` with a row-stable product."""
-
-    product: Product
-    window: RowWindow | None
+    """A router's weight that runs `linear` with a row-stable product (its attribute `product`)."""
 
     @classmethod
     def __torch_function__(
@@ -77,7 +74,8 @@ def _routers(model: nn.Module) -> list[Any]:
     return [
         m
         for m in model.modules()
-        if type(m).__name__.endswith("Router") and isinstance(getattr(m, "weight", None), Tensor)
+        if type(m).__name__.endswith("Router")
+        and isinstance(getattr(m, "weight", None), Tensor)
         and m.weight.dim() == 2
     ]
 

@@ -210,9 +210,7 @@ def replace_linears(
 
 def linear_shapes(root: nn.Module) -> list[tuple[int, int]]:
     """Distinct (I, O) of the nn.Linear layers below `root`."""
-    found = {
-        (m.in_features, m.out_features) for m in root.modules() if type(m) is nn.Linear
-    }
+    found = {(m.in_features, m.out_features) for m in root.modules() if type(m) is nn.Linear}
     return sorted(found)
 
 

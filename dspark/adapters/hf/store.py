@@ -222,8 +222,7 @@ class StoreCache:
     def page_bytes(self) -> int:
         """Bytes of one page over all layers."""
         per_token = sum(
-            len(members) * heads * (2 * dim + SUM_COLUMNS)
-            for (heads, dim), members in self._groups
+            len(members) * heads * (2 * dim + SUM_COLUMNS) for (heads, dim), members in self._groups
         )
         return per_token * PAGE_TOKENS * self._dtype.itemsize
 
@@ -415,4 +414,3 @@ def _set_columns(state: SlotState, name: str, group: int, start: int, data: Tens
         if a < b:
             tensor: Tensor = getattr(piece.segment, name)[group]
             tensor[:, :, a - piece.start : b - piece.start] = data[:, :, a - start : b - start]
-

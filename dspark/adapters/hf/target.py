@@ -112,9 +112,7 @@ class HFTarget:
     def new_cache(self, *, memory_limit: int | None = None) -> StoreCache:
         """Make an empty cache; in exact mode it keeps K/V in float32."""
         dtype = torch.float32 if self.exact else self._dtype
-        return StoreCache(
-            self._layers, dtype=dtype, device=self._device, memory_limit=memory_limit
-        )
+        return StoreCache(self._layers, dtype=dtype, device=self._device, memory_limit=memory_limit)
 
     @torch.inference_mode()
     def forward(

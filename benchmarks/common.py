@@ -1,0 +1,83 @@
+"""What benchmark scripts share: facts about the run, interleaving, medians with spread."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import dspark
+
+__all__ = ["describe", "finish", "interleave", "ratio"]
+
+
+def describe() -> dict[str, Any]:
+    """Machine, versions, commit, command."""
+
+    def git(*args: str) -> str:
+        run = subprocess.run(["git", *args], capture_output=True, text=True, check=False)  # noqa: S607
+        return run.stdout.strip()
+
+    processor = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        processor = names[0].partition(":")[2].strip() if names else processor
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "dirty": bool(git("status", "--porcelain")),
+        "processor": processor,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "dspark": dspark.__version__,
+    }
+
+
+def interleave(runs: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """Call every run in turn, `repeats` times after one warm-up turn.
+
+    Args:
+        runs: Name -> a call that returns its figure (tokens per second).
+        repeats: Turns that count.
+
+    Returns:
+        Figures by name, one a turn.
+    """
+    figures: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(repeats + 1):
+        for name, run in runs.items():
+            value = run()
+            if turn > 0:
+                figures[name].append(value)
+        print(
+            f"turn {turn}: " + json.dumps({k: v[-1:] for k, v in figures.items()}), file=sys.stderr
+        )
+    return figures
+
+
+def ratio(upper: Sequence[float], lower: Sequence[float]) -> dict[str, float]:
+    """Median, least and largest of the turn-by-turn ratios upper / lower."""
+    values = [a / b for a, b in zip(upper, lower, strict=True)]
+    return {
+        "median": round(statistics.median(values), 3),
+        "least": round(min(values), 3),
+        "largest": round(max(values), 3),
+    }
+
+
+def finish(report: dict[str, Any], out: str | None) -> None:
+    """Print the report as one JSON line, and write it to a file if asked."""
+    print(json.dumps(report))
+    if out:
+        Path(out).write_text(json.dumps(report, indent=1) + "\n")

@@ -1,0 +1,165 @@
+"""Plain decoding against transformers.generate, lookup against plain: interleaved, ratios, spread.
+
+    python benchmarks/speed.py [--dtype float32] [--tokens 64] [--repeats 5] [--out FILE]
+
+All runs of a turn follow each other in one process, so that a noisy machine slows all of them.
+`transformers.generate` runs a stock model of its own (its linear layers are torch's). Ratios are
+taken turn by turn. The last line of the output is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import torch
+from common import describe, finish, interleave, ratio
+from prompts import FREE, REPEATING
+from transformers import AutoModelForCausalLM
+
+import dspark
+from dspark.models import resolve_model
+
+ALIAS = "smollm2-135m"
+
+
+class Stock:
+    """transformers.generate, greedy, left-padded batches."""
+
+    def __init__(self, dtype: str) -> None:
+        folder = resolve_model(ALIAS)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        self.model.eval()
+
+    def run(self, prompts: list[list[int]], tokens: int, **options: Any) -> float:
+        longest = max(len(p) for p in prompts)
+        ids = torch.tensor([[2] * (longest - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        start = time.perf_counter()
+        with torch.inference_mode():
+            out = self.model.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=2,
+                **options,
+            )
+        seconds = time.perf_counter() - start
+        return len(prompts) * (out.shape[1] - longest) / seconds
+
+
+def run_engine(
+    engine: dspark.Engine, prompts: list[list[int]], params: dspark.SamplingParams
+) -> tuple[float, list[dspark.GenerationResult]]:
+    """Tokens per second of one batch, and its results."""
+    start = time.perf_counter()
+    results = engine.generate(prompts, params)
+    seconds = time.perf_counter() - start
+    return sum(len(r.token_ids) for r in results) / seconds, results
+
+
+def one_by_one(
+    engine: dspark.Engine, prompts: list[list[int]], params: dspark.SamplingParams, log: list[Any]
+) -> float:
+    """Tokens per second over prompts run one after another."""
+    tokens, seconds = 0, 0.0
+    for prompt in prompts:
+        start = time.perf_counter()
+        (result,) = engine.generate([prompt], params)
+        seconds += time.perf_counter() - start
+        tokens += len(result.token_ids)
+        log.append(result)
+    return tokens / seconds
+
+
+def main() -> None:
+    """Run all comparisons."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out")
+    args = parser.parse_args()
+
+    stock = Stock(args.dtype)
+    plain = dspark.Engine.load(target=ALIAS, draft="none", dtype=args.dtype)
+    lookup = dspark.Engine(
+        plain.target, drafter=dspark.Engine.load(target=ALIAS, draft="lookup").drafter
+    )
+    codec = plain.codec
+    free = [codec.encode_chat([{"role": "user", "content": text}]) for text in FREE]
+    repeating = [codec.encode_chat([{"role": "user", "content": text}]) for text in REPEATING]
+    fixed = dspark.SamplingParams(max_tokens=args.tokens, ignore_eos=True)
+    natural = dspark.SamplingParams(max_tokens=2 * args.tokens)
+    logs: dict[str, list[Any]] = {"repeating": [], "free": [], "plain": [], "batch": []}
+
+    def batch_8() -> float:
+        speed, results = run_engine(plain, free, fixed)
+        logs["batch"].extend(results)
+        return speed
+
+    figures = interleave(
+        {
+            "generate, batch 1": lambda: stock.run(free[:1], args.tokens),
+            "plain, batch 1": lambda: run_engine(plain, free[:1], fixed)[0],
+            "generate lookup, batch 1": lambda: stock.run(
+                repeating[:1], args.tokens, prompt_lookup_num_tokens=10
+            ),
+            "generate, batch 8": lambda: stock.run(free, args.tokens),
+            "plain, batch 8": batch_8,
+            "plain, repeating": lambda: one_by_one(plain, repeating, natural, logs["plain"]),
+            "lookup, repeating": lambda: one_by_one(lookup, repeating, natural, logs["repeating"]),
+            "plain, free": lambda: one_by_one(plain, free, natural, []),
+            "lookup, free": lambda: one_by_one(lookup, free, natural, logs["free"]),
+        },
+        args.repeats,
+    )
+    report = {
+        "schema": 1,
+        "run": describe(),
+        "target": plain.target.info.name,
+        "dtype": plain.target.info.dtype,
+        "exact": plain.target.exactness.reason,
+        "tokens_per_second": {k: [round(x, 1) for x in v] for k, v in figures.items()},
+        "plain / generate, batch 1": ratio(figures["plain, batch 1"], figures["generate, batch 1"]),
+        "plain / generate, batch 8": ratio(figures["plain, batch 8"], figures["generate, batch 8"]),
+        "lookup / plain, repeating": ratio(
+            figures["lookup, repeating"], figures["plain, repeating"]
+        ),
+        "lookup / plain, free": ratio(figures["lookup, free"], figures["plain, free"]),
+        "same text": same_text(logs["plain"], logs["repeating"]),
+        "tau, repeating": tau(logs["repeating"]),
+        "tau, free": tau(logs["free"]),
+        "round share outside target and drafter": {
+            "plain, batch 1": outside(logs["plain"]),
+            "lookup, batch 1": outside(logs["repeating"]),
+            "plain, batch 8": outside(logs["batch"]),
+        },
+    }
+    finish(report, args.out)
+
+
+def same_text(plain: list[Any], drafted: list[Any]) -> bool:
+    """True if every drafted answer has the tokens of the plain one."""
+    pairs = zip(plain, drafted, strict=True)
+    return all(a.token_ids == b.token_ids for a, b in pairs)
+
+
+def tau(results: list[Any]) -> float:
+    """Committed tokens per round over all results."""
+    rounds = sum(r.stats.rounds for r in results)
+    return round(sum(r.stats.committed for r in results) / rounds, 3)
+
+
+def outside(results: list[Any]) -> float:
+    """Share of the rounds' time outside target and drafter forwards."""
+    rest = sum(r.stats.seconds_rest for r in results)
+    inside = sum(r.stats.seconds_verify + r.stats.seconds_draft for r in results)
+    return round(rest / (rest + inside), 4)
+
+
+if __name__ == "__main__":
+    main()
