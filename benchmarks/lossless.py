@@ -32,9 +32,8 @@ from dspark.adapters.hf.load import adapter_for, wrap_model
 from dspark.draft.combined import CombinedDrafter
 from dspark.draft.lookup import LookupDrafter
 from dspark.draft.model import ModelDrafter
-from dspark.models import resolve_model
+from dspark.models import cache_root, resolve_model
 from dspark.registry import LoadedTarget, LoadOptions, load_target
-from dspark.models import cache_root
 
 FACTORS: dict[str, tuple[Any, ...]] = {
     "model": ("smollm2-135m", "gemma3-270m"),

@@ -1,4 +1,4 @@
-"""Prompts written for this project's benchmarks: texts that repeat their input, and texts that do not."""
+"""Prompts of this project: texts that make a model repeat its input, and texts that do not."""
 
 from __future__ import annotations
 

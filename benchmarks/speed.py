@@ -33,6 +33,8 @@ class Stock:
         self.model.eval()
 
     def run(self, prompts: list[list[int]], tokens: int, **options: Any) -> float:
+        """Tokens per second of one batch."""
+        """Tokens per second of one batch."""
         longest = max(len(p) for p in prompts)
         ids = torch.tensor([[2] * (longest - len(p)) + p for p in prompts])
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])

@@ -7,6 +7,7 @@ a leading BOS; chat messages go through the model's own template.
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,8 @@ class TextCodec:
         Raises:
             DataError: If the text is not valid Unicode.
         """
-        try:
-            return list(self._tokenizer.encode(text))
-        except UnicodeEncodeError as exc:
-            raise DataError("the prompt is not valid Unicode text.") from exc
+        _check_unicode(text)
+        return list(self._tokenizer.encode(text))
 
     def encode_plain(self, text: str) -> list[int]:
         """Encode text without any special tokens around it."""
@@ -63,7 +62,7 @@ class TextCodec:
 
         Raises:
             CapabilityError: If the model has no chat template.
-            DataError: If the template refuses the messages.
+            DataError: If a message is not valid Unicode, or the template refuses the messages.
         """
         if not self.has_chat_template:
             raise CapabilityError(
@@ -72,6 +71,9 @@ class TextCodec:
             )
         import jinja2
 
+        for message in messages:
+            if isinstance(content := message.get("content"), str):
+                _check_unicode(content)
         try:
             ids = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
@@ -101,7 +103,9 @@ class Detokenizer:
 
     The pieces, put together, are `codec.decode` of all tokens: text is held back while the last
     token ends inside a character, and a window of earlier tokens gives the tokenizer the context
-    that decides about spaces.
+    that decides about spaces. (One exception: where a tokenizer with byte fallback meets an
+    unfinished character, it decodes the whole run of bytes around it as U+FFFD; what was given out
+    of that run stays.)
 
     Args:
         codec: The codec.
@@ -114,6 +118,7 @@ class Detokenizer:
         self._tokens: list[int] = []
         self._start = 0  # window of tokens that the next piece is decoded with
         self._done = 0  # tokens whose text was given out
+        self._ends: deque[int] = deque()  # earlier values of _done: no character is cut there
         self.text = ""
 
     def push(self, tokens: Sequence[int]) -> str:
@@ -124,10 +129,18 @@ class Detokenizer:
         if after.endswith("\ufffd") or len(after) < len(before):
             return ""
         piece = after[len(before) :]
+        self._ends.append(self._done)
         self._done = len(self._tokens)
-        self._start = max(self._start, self._done - self._WINDOW)
+        self._move_window()
         self.text += piece
         return piece
+
+    def _move_window(self) -> None:
+        """Begin the window where no character is cut, with text in it that decides about spaces."""
+        while self._ends and self._ends[0] <= self._done - self._WINDOW:
+            start = self._ends.popleft()
+            if self._codec.decode(self._tokens[start : self._done]):
+                self._start = start
 
     def finish(self) -> str:
         """Return what was held back; an unfinished character becomes U+FFFD."""
@@ -137,6 +150,13 @@ class Detokenizer:
         self._done = len(self._tokens)
         self.text += piece
         return piece
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as exc:
+        raise DataError("the prompt is not valid Unicode text.") from exc
 
 
 def load_codec(folder: Path) -> TextCodec | None:
@@ -157,7 +177,10 @@ def load_codec(folder: Path) -> TextCodec | None:
     from transformers import AutoTokenizer
 
     try:
-        return TextCodec(AutoTokenizer.from_pretrained(folder, local_files_only=True))
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        return TextCodec(tokenizer)
     except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as exc:
         raise CheckpointError(f"the tokenizer in {folder} cannot be read: {exc}") from exc
     except Exception as exc:

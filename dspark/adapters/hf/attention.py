@@ -35,7 +35,8 @@ ATTENTION_NAME = "dspark"
 """Name under which the functions are registered with transformers."""
 
 _COLUMN_STEP = 64
-"""Column counts are rounded up to this: products of very few columns take other kernels."""
+"""In exact mode column counts are rounded up to this: kernels treat the columns that are left over
+after whole vectors, and products of very few columns, in ways of their own."""
 
 MIN_QUERY_ROWS = 8
 """Fewest rows (heads of a group times tokens) of an attention product in exact mode."""
@@ -94,6 +95,7 @@ class Step:
     device: torch.device
     _hidden: dict[tuple[int, int | None], tuple[int, Tensor | None]] = field(default_factory=dict)
     _tails: dict[int, list[Tensor | None]] = field(default_factory=dict)
+    _queries: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
 
     @staticmethod
     def plan(
@@ -124,11 +126,13 @@ class Step:
         return self._hidden[key]
 
     def _make_hidden(self, span: Span, window: int | None) -> tuple[int, Tensor | None]:
-        first = 0
+        first, oldest = 0, 0
         if window is not None:
-            oldest = int(span.positions.min()) - window + 1
-            first = max(0, min(oldest, span.length)) // PAGE_TOKENS * PAGE_TOKENS
+            oldest = max(0, int(span.positions.min()) - window + 1)
+            first = min(oldest, span.length) // PAGE_TOKENS * PAGE_TOKENS
         end = self.padded_columns(span) if self.exact else span.columns
+        if span.rows == 1 and end == span.columns and oldest <= first:
+            return first, None  # a plain step sees every column
         columns = np.full(end - first, np.iinfo(np.int64).max)
         columns[: span.columns - first] = span.column_positions()[first:]
         own = span.length - first
@@ -148,6 +152,17 @@ class Step:
     def padded_columns(self, span: Span) -> int:
         """Columns a span's products run over: a multiple of _COLUMN_STEP within its capacity."""
         return min(-(-span.columns // _COLUMN_STEP) * _COLUMN_STEP, span.state.capacity)
+
+    def query_buffer(self, heads: int, rows: int, like: Tensor) -> Tensor:
+        """Zeros [heads, rows, d] that every layer of this forward may write its queries into.
+
+        Rows beyond a span's own are never written, so they stay 0.
+        """
+        key = (heads, rows, like.shape[-1])
+        if key not in self._queries:
+            shape = (heads, max(rows, MIN_QUERY_ROWS), like.shape[-1])
+            self._queries[key] = torch.zeros(shape, dtype=self.cache.dtype, device=self.device)
+        return self._queries[key]
 
     def tail_masks(self, index: int) -> list[Tensor | None]:
         """Split of a tree's tail columns into blocks of positions.
@@ -268,10 +283,10 @@ def _exact_span(
     keys, values = step.cache.read(source, span.state, first, end)
     kv_heads, dim = keys.shape[0], keys.shape[2]
     n, group = span.rows, q.shape[0] // kv_heads
-    rows = (q * scale).to(keys.dtype).reshape(kv_heads, group * n, dim)
-    padding = MIN_QUERY_ROWS - group * n
-    if padding > 0:
-        rows = nn.functional.pad(rows, (0, 0, 0, padding))
+    rows = step.query_buffer(kv_heads, group * n, q)
+    # Filled by a copy, then scaled in the store's dtype, so that bfloat16 rounds only once.
+    rows[:, : group * n].view(kv_heads, group, n, dim).copy_(q.view(kv_heads, group, n, dim))
+    rows.mul_(scale)
     scores = torch.bmm(rows, keys.transpose(1, 2))  # [K, gn, C]
     if softcap is not None:
         scores.div_(softcap).tanh_().mul_(softcap)
@@ -291,6 +306,8 @@ def _sum_blocks(step: Step, index: int, weights: Tensor, values: Tensor, first: 
     tail = span.length // PAGE_TOKENS * PAGE_TOKENS - first
     if span.visible is None:
         tail = columns
+    if columns <= PAGE_TOKENS and (tail == columns or step.tail_masks(index) == [None]):
+        return torch.bmm(weights, values)
     total = weights.new_zeros(*weights.shape[:2], values.shape[2])
     for a in range(0, tail, PAGE_TOKENS):
         b = min(a + PAGE_TOKENS, columns)

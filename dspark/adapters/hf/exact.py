@@ -38,7 +38,7 @@ __all__ = [
 DEFAULT_MAX_COST = 0.10
 """Exact mode is the default unless it slows a one-row step by more than this."""
 
-_SCHEMA = 2
+_SCHEMA = 3
 
 _TREE_PARENT = (-1, 0, 0, 1, 1, 2, 3, 3, 5, 6, 8, 9, 10)
 """Rows of the probe's tree: row 0 is the anchor."""

@@ -71,13 +71,13 @@ def _expert_modules(model: nn.Module) -> list[Any]:
 
 
 def _routers(model: nn.Module) -> list[Any]:
-    return [
-        m
-        for m in model.modules()
-        if type(m).__name__.endswith("Router")
-        and isinstance(getattr(m, "weight", None), Tensor)
-        and m.weight.dim() == 2
-    ]
+    found: list[Any] = []
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        is_router = type(module).__name__.endswith("Router")
+        if is_router and isinstance(weight, Tensor) and weight.dim() == 2:
+            found.append(module)
+    return found
 
 
 def use_row_stable_experts(model: Any) -> None:

@@ -18,7 +18,7 @@ from transformers.utils import logging as hf_logging
 from dspark.adapters.base import FamilyAdapter
 from dspark.adapters.hf import exact, experts
 from dspark.adapters.hf.attention import ATTENTION_NAME, attention_forward, no_mask
-from dspark.adapters.hf.linear import available_kernels, find_windows, linear_shapes
+from dspark.adapters.hf.linear import RowWindow, available_kernels, find_windows, linear_shapes
 from dspark.adapters.hf.target import HFTarget
 from dspark.errors import CapabilityError, CheckpointError, ConfigError
 from dspark.registry import LoadedTarget, LoadOptions
@@ -119,8 +119,11 @@ def wrap_model(
     folder = options.probe_folder
     record = exact.read_probe(folder, key) if folder is not None else None
     windows, kernel = None, kernels[0]
-    if options.exact is not False:
-        for name in [record["kernel"]] if record else kernels:
+    if record is not None and options.exact is not False:
+        kernel = record["kernel"]
+        windows = {shape: RowWindow(*record["windows"][_shape_name(shape)]) for shape in shapes}
+    elif options.exact is not False:
+        for name in kernels:
             windows = find_windows(shapes, name, dtype, device)
             if windows is not None:
                 kernel = name
@@ -134,8 +137,12 @@ def wrap_model(
         windows=windows,
         eos_token_ids=eos_token_ids,
     )
-    _decide(target, options, folder, key, record, found=windows is not None)
+    _decide(target, options, folder, key, record, windows)
     return target
+
+
+def _shape_name(shape: tuple[int, int]) -> str:
+    return f"{shape[0]}x{shape[1]}"
 
 
 def _decide(
@@ -144,16 +151,20 @@ def _decide(
     folder: Path | None,
     key: str,
     record: dict[str, Any] | None,
-    *,
-    found: bool,
+    windows: dict[tuple[int, int], RowWindow] | None,
 ) -> None:
     holds, cost = False, None
-    if options.exact is not False and found:
+    if windows is not None:
         if record is None:
             logger.info("checking exact mode of %s on this machine (once)", options.name)
             holds = exact.check_trees(target)
             cost = exact.measure_cost(target) if holds else None
-            record = {"kernel": target.kernel, "holds": holds, "cost": cost}
+            record = {
+                "kernel": target.kernel,
+                "windows": {_shape_name(s): [w.least, w.most] for s, w in windows.items()},
+                "holds": holds,
+                "cost": cost,
+            }
             if folder is not None:
                 exact.write_probe(folder, key, record)
         holds, cost = bool(record["holds"]), record["cost"]
