@@ -6,22 +6,46 @@ found something, 130 Ctrl-C.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from dspark._version import __version__
 from dspark.commands import chat, generate, models
-from dspark.commands.console import stderr_console
-from dspark.errors import DsparkError
+from dspark.commands.console import print_error, stderr_console
+from dspark.errors import DataError, DsparkError
 
 __all__ = ["app", "main"]
 
+
+class _Commands(TyperGroup):
+    """The commands, and what happens when their output cannot be written."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command and write out what it printed."""
+        try:
+            value = super().invoke(ctx)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _drop_output()  # its reader has gone, which is no error
+            raise typer.Exit(0) from None
+        except OSError as exc:
+            if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            _drop_output()
+            raise DataError("the output cannot be written: no space left on the device.") from exc
+        return value
+
+
 app = typer.Typer(
     name="dspark",
+    cls=_Commands,
     help="Lossless tree-speculative decoding: the same text, sooner.",
     no_args_is_help=True,
     add_completion=False,
@@ -59,22 +83,16 @@ def main() -> None:
         app(standalone_mode=True)
     except DsparkError as exc:
         console = stderr_console()
-        console.print(f"[bold red]error:[/] {_escape(exc.message)}")
-        if exc.hint:
-            console.print(f"[bold]hint:[/] {_escape(exc.hint)}")
+        print_error(console, exc.message, exc.hint)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except BrokenPipeError:
-        # The reader of our output has gone; Python's own flush at exit must not complain.
+
+
+def _drop_output() -> None:
+    """Make Python's own flush at exit succeed."""
+    with contextlib.suppress(OSError, ValueError):  # a stand-in for stdout has no descriptor
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 if __name__ == "__main__":

@@ -429,6 +429,13 @@ class Engine:
                 f"rule is 'block' with width {params.width}, but block verification is for chains.",
                 hint="use --width 1, or --rule rejection",
             )
+        most = self._target.exactness.max_nodes
+        if most is not None and params.tree_budget is not None and params.tree_budget > most:
+            raise ConfigError(
+                f"tree_budget is {params.tree_budget}, but exact mode verifies at most {most} "
+                "nodes per request.",
+                hint="lower the tree budget, or use --no-exact",
+            )
         limit, rows = self._config.memory_limit, self._rows_needed(len(tokens), params)
         pages = -(-rows // self._cache.usage().page_tokens)
         if limit is not None and pages * self._cache.page_bytes() > limit:

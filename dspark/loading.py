@@ -78,7 +78,7 @@ def build_drafter(spec: str, loaded: LoadedTarget, options: LoadOptions) -> Draf
     if spec == "auto":
         spec = "lookup"
     head, plus, rest = spec.partition("+")
-    if plus:
+    if plus and not Path(spec).expanduser().exists():  # a folder may have a + in its name
         from dspark.draft.combined import CombinedDrafter
 
         first = build_drafter(head, loaded, options)
@@ -102,8 +102,10 @@ def _corpus(path: str, loaded: LoadedTarget) -> list[list[int]]:
         raise ConfigError("a lookup corpus needs a target with a tokenizer.")
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as exc:
-        raise DataError(f"the lookup corpus {path} cannot be read: {exc}") from exc
+    except UnicodeDecodeError as exc:
+        raise DataError(f"the lookup corpus {path} is not UTF-8 text.") from exc
+    except OSError as exc:
+        raise DataError(f"the lookup corpus {path} cannot be read: {exc.strerror}.") from exc
     return [loaded.codec.encode_plain(text)]
 
 

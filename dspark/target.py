@@ -172,6 +172,7 @@ class ExactnessReport:
         enabled: Exact mode is on.
         holds: The end-to-end check found a tree's rows bitwise equal to the same paths run alone.
         min_rows: Fewest rows that a linear layer is ever run with.
+        max_nodes: Drafted nodes of a request that exact mode is checked for, None for any number.
         backend: The kernels in use for linear layers.
         cost: Time of a one-row step in exact mode over that of a one-row step without, minus 1;
             None if it was not measured.
@@ -181,6 +182,7 @@ class ExactnessReport:
     enabled: bool
     holds: bool
     min_rows: int
+    max_nodes: int | None = None
     backend: str
     cost: float | None
     reason: str

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -104,14 +106,14 @@ class Talk:
     def run(self) -> None:
         """Read lines until the end of input."""
         if sys.stdin.isatty():
-            self._console.print(f"[dim]{_HELP}[/]")
+            ui.print_note(self._console, _HELP)
         while True:
             try:
                 line = self._read()
             except EOFError:
                 return
             except KeyboardInterrupt:
-                self._console.print("[dim]Ctrl-D or /exit ends the talk[/]")
+                ui.print_note(self._console, "Ctrl-D or /exit ends the talk")
                 continue
             if line in ("/exit", "/quit"):
                 return
@@ -123,7 +125,7 @@ class Talk:
     def _read(self) -> str:
         if sys.stdin.isatty():
             return input("> ").strip()
-        line = sys.stdin.readline()
+        line = ui.read_line()
         if not line:
             raise EOFError
         return line.strip()
@@ -132,34 +134,40 @@ class Talk:
         name, _, rest = line.partition(" ")
         if name == "/reset":
             self._messages.clear()
-            self._console.print("[dim]forgotten[/]")
+            ui.print_note(self._console, "forgotten")
         elif name == "/stats":
             if self._last is None:
-                self._console.print("[dim]no answer yet[/]")
+                ui.print_note(self._console, "no answer yet")
             else:
                 ui.print_stats(self._console, self._engine, [self._last])
         elif name == "/save":
             self._save(rest.strip())
         else:
-            self._console.print(f"[dim]unknown command {name}; {_HELP}[/]")
+            ui.print_note(self._console, f"unknown command {name}; {_HELP}")
 
     def _save(self, path: str) -> None:
         if not path:
-            self._console.print("[dim]give a file name: /save talk.json[/]")
+            ui.print_note(self._console, "give a file name: /save talk.json")
             return
         text = json.dumps({"messages": self._system + self._messages}, ensure_ascii=False, indent=1)
+        file = Path(path).expanduser()
+        temporary = file.parent / f".{file.name}.{os.getpid()}.tmp"
         try:
-            Path(path).write_text(text + "\n", encoding="utf-8")
+            temporary.write_text(text + "\n", encoding="utf-8")
+            temporary.replace(file)
         except OSError as exc:
-            self._console.print(f"[bold red]error:[/] {path} cannot be written: {exc.strerror}.")
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            ui.print_error(self._console, f"{path} cannot be written: {exc.strerror}.")
             return
-        self._console.print(f"[dim]saved {len(self._messages)} messages to {path}[/]")
+        ui.print_note(self._console, f"saved {len(self._messages)} messages to {path}")
 
     def _answer(self, line: str) -> None:
         self._messages.append({"role": "user", "content": line})
         turn = len(self._messages) // 2
+        prompt = self._system + self._messages
+        (request,) = self._engine.submit(prompt, self._turn_params(turn))
         try:
-            (request,) = self._engine.submit(self._system + self._messages, self._turn_params(turn))
             for chunk in self._engine.follow(request):
                 for piece in chunk.pieces:
                     shade = self._tint and piece.is_drafted
@@ -167,9 +175,10 @@ class Talk:
                 sys.stdout.flush()
         except KeyboardInterrupt:
             self._engine.cancel(request)
+            sys.stdout.write("".join(piece.text for piece in request.pieces))
         except DsparkError as exc:
             self._messages.pop()
-            self._console.print(f"[bold red]error:[/] {exc.message}")
+            ui.print_error(self._console, exc.message, exc.hint)
             return
         sys.stdout.write("\n")
         sys.stdout.flush()

@@ -25,7 +25,10 @@ __all__ = [
     "TargetOption",
     "ThreadsOption",
     "loading",
+    "print_error",
+    "print_note",
     "print_stats",
+    "read_line",
     "stderr_console",
 ]
 
@@ -62,11 +65,29 @@ def stderr_console() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def print_error(console: Console, message: str, hint: str | None = None) -> None:
+    """Print an error as one line, and its hint as another."""
+    from rich.markup import escape
+
+    console.print(f"[bold red]error:[/] {escape(' '.join(message.split()))}")
+    if hint:
+        console.print(f"[bold]hint:[/] {escape(hint)}")
+
+
+def print_note(console: Console, text: str) -> None:
+    """Print a line of lesser weight; brackets in it are no markup."""
+    from rich.markup import escape
+
+    console.print(f"[dim]{escape(text)}[/]")
+
+
 @contextmanager
 def loading(console: Console, text: str) -> Iterator[None]:
     """Show a spinner on a terminal while something loads; show nothing elsewhere."""
     if console.is_terminal:
-        with console.status(text):
+        from rich.text import Text
+
+        with console.status(Text(text)):
             yield
     else:
         yield
@@ -114,9 +135,22 @@ def read_text(path: str) -> str:
             return sys.stdin.read()
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as exc:
-        raise ConfigError(f"{path} is not UTF-8 text.") from exc
+        name = "standard input" if path == "-" else path
+        raise ConfigError(f"{name} is not UTF-8 text.") from exc
     except OSError as exc:
         raise ConfigError(f"{path} cannot be read: {exc.strerror}.") from exc
+
+
+def read_line() -> str:
+    """Read a line from standard input that is no terminal; "" at its end.
+
+    Raises:
+        ConfigError: If it is not UTF-8 text.
+    """
+    try:
+        return sys.stdin.readline()
+    except UnicodeDecodeError as exc:
+        raise ConfigError("standard input is not UTF-8 text.") from exc
 
 
 def print_stats(console: Console, engine: Engine, results: Sequence[GenerationResult]) -> None:
@@ -136,7 +170,7 @@ def print_stats(console: Console, engine: Engine, results: Sequence[GenerationRe
         table.add_row(*cells, f"{s.time_to_first_token:.2f} s")
     console.print(table)
     for line in _summary(engine, [result.stats for result in results]):
-        console.print(f"[dim]{line}[/]")
+        print_note(console, line)
 
 
 def _summary(engine: Engine, stats: Sequence[RequestStats]) -> list[str]:

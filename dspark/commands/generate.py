@@ -186,6 +186,7 @@ def _stream(
             result = chunk.result
     except KeyboardInterrupt:
         engine.cancel(request)
+        sys.stdout.write("".join(piece.text for piece in request.pieces))
     if sys.stdout.isatty() or result is not None:
         sys.stdout.write("\n")
     sys.stdout.flush()
@@ -223,11 +224,7 @@ def _print_all(results: list[GenerationResult], *, as_json: bool, console: Conso
         elif result.error is None:
             if len(results) > 1:
                 name = f"prompt {result.prompt_index}, sample {result.sample_index}"
-                console.print(f"[dim]{name}[/]")
+                ui.print_note(console, name)
             print(result.text)
         if result.error is not None:
-            from rich.markup import escape
-
-            console.print(f"[bold red]error:[/] {escape(result.error)}")
-            if result.hint:
-                console.print(f"[bold]hint:[/] {escape(result.hint)}")
+            ui.print_error(console, result.error, result.hint)

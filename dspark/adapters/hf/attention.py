@@ -29,7 +29,15 @@ from torch import Tensor, nn
 from dspark.adapters.hf.store import PAGE_TOKENS, SUM_COLUMNS, SlotState, StoreCache
 from dspark.target import RowSpan, TokenBatch
 
-__all__ = ["ATTENTION_NAME", "Span", "Step", "attention_forward", "no_mask"]
+__all__ = [
+    "ATTENTION_NAME",
+    "MAX_EXACT_NODES",
+    "Span",
+    "Step",
+    "attention_forward",
+    "exact_span",
+    "no_mask",
+]
 
 ATTENTION_NAME = "dspark"
 """Name under which the functions are registered with transformers."""
@@ -37,6 +45,10 @@ ATTENTION_NAME = "dspark"
 _COLUMN_STEP = 64
 """In exact mode column counts are rounded up to this: kernels treat the columns that are left over
 after whole vectors, and products of very few columns, in ways of their own."""
+
+MAX_EXACT_NODES = 64
+"""Drafted nodes per request that exact mode is checked for. A product adds its columns one after
+another only up to some 384 of them (one block of the kernel): a page and its tree must fit."""
 
 MIN_QUERY_ROWS = 8
 """Fewest rows (heads of a group times tokens) of an attention product in exact mode."""
@@ -258,7 +270,7 @@ def attention_forward(  # noqa: PLR0913 - the signature is transformers'
             rows = slice(span.start, span.stop)
             step.cache.write(layer, span.state, key[0, :, rows], value[0, :, rows])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    run = _exact_span if step.exact else _fast_span
+    run = exact_span if step.exact else _fast_span
     out = query.new_zeros(1, query.shape[2], query.shape[1], query.shape[3])
     for index, span in enumerate(step.spans):
         q = query[0, :, span.start : span.stop]  # [H, n, d]
@@ -267,7 +279,7 @@ def attention_forward(  # noqa: PLR0913 - the signature is transformers'
     return out, None
 
 
-def _exact_span(
+def exact_span(
     step: Step,
     index: int,
     source: int,

@@ -4,6 +4,8 @@ Exact mode promises that a row's logits do not depend on the rows that ride alon
 properties of the machine's kernels, so it is checked on the machine, with the real weights: a
 context that ends just under a page boundary, prefilled in one chunk and in two, a branching tree
 that crosses the boundary beside another request, against each of its paths decoded token by token.
+Attention is checked by itself too, with the largest tree and in float32: a model in bfloat16 would
+hide most differences there.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from dspark.adapters.hf.store import PAGE_TOKENS
+from dspark.adapters.hf.attention import MAX_EXACT_NODES, Step, exact_span
+from dspark.adapters.hf.store import PAGE_TOKENS, LayerShape, StoreCache
 from dspark.target import BatchPart, ExactnessReport, TokenBatch
 
 if TYPE_CHECKING:
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_MAX_COST",
+    "check_attention",
     "check_trees",
     "measure_cost",
     "probe_key",
@@ -38,7 +42,7 @@ __all__ = [
 DEFAULT_MAX_COST = 0.10
 """Exact mode is the default unless it slows a one-row step by more than this."""
 
-_SCHEMA = 3
+_SCHEMA = 4
 
 _TREE_PARENT = (-1, 0, 0, 1, 1, 2, 3, 3, 5, 6, 8, 9, 10)
 """Rows of the probe's tree: row 0 is the anchor."""
@@ -96,6 +100,71 @@ def check_trees(target: HFTarget) -> bool:
         alone.release(line)
         if leaf == 4:
             alone.forget_kept()  # once from scratch, then by way of a shared prefix
+    return True
+
+
+def check_attention(target: HFTarget) -> bool:
+    """Compare attention of a tree of MAX_EXACT_NODES with that of its paths, bit by bit.
+
+    Args:
+        target: A target.
+
+    Returns:
+        True if every compared row is bitwise the same for every shape of K/V heads.
+    """
+    shapes = {(shape.heads, shape.head_dim) for shape in target.kv_layers}
+    return all(_check_attention(target, heads, dim) for heads, dim in sorted(shapes))
+
+
+def _check_attention(target: HFTarget, heads: int, dim: int) -> bool:
+    rng = np.random.default_rng(1)
+    device = torch.device(target.info.device)
+    shape = LayerShape(layer=0, heads=heads, head_dim=dim)
+    cache = StoreCache([shape], dtype=torch.float32, device=device)
+    length, rows = PAGE_TOKENS - 9, MAX_EXACT_NODES + 1
+    parent = [-1, *(int(rng.integers(max(0, row - 6), row)) for row in range(1, rows))]
+    depth = [0] * rows
+    for row in range(1, rows):
+        depth[row] = depth[parent[row]] + 1
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.from_numpy(rng.standard_normal(size, dtype=np.float32)).to(device)
+
+    context = random(2, heads, length, dim)
+    key, value = random(heads, rows, dim), random(heads, rows, dim)
+    query = random(target.query_heads, rows, dim)
+
+    def run(slot: int, part: BatchPart, which: list[int], window: int | None) -> torch.Tensor:
+        batch = TokenBatch.build([part])
+        cache.reserve(slot, len(which))
+        cache.begin(batch)
+        step = Step.plan(batch, cache, exact=True, kv_source=(0,), device=device)
+        cache.write(0, cache.state(slot), key[:, which], value[:, which])
+        return exact_span(step, 0, 0, query[:, which], dim**-0.5, window, None)
+
+    def start() -> int:
+        slot, _ = cache.open([])
+        cache.reserve(slot, length + rows)
+        cache.begin(TokenBatch.build([BatchPart.chain(slot, [0] * length, 0, want_last=False)]))
+        cache.write(0, cache.state(slot), context[0], context[1])
+        cache.commit(slot, range(length))
+        return slot
+
+    positions = [length + d for d in depth]
+    whole = BatchPart(start(), [0] * rows, positions, parent, [])
+    for window in (None, 100):
+        tree = run(whole.slot, whole, list(range(rows)), window)
+        for leaf in (rows - 1, rows - 2, rows // 2):
+            path = [leaf]
+            while parent[path[0]] >= 0:
+                path.insert(0, parent[path[0]])
+            line = start()
+            for step, row in enumerate(path):
+                part = BatchPart.chain(line, [0], length + step, want_last=False)
+                alone = run(line, part, [row], window)
+                cache.commit(line, [0])
+                if not torch.equal(alone[:, 0], tree[:, row]):
+                    return False
     return True
 
 
@@ -217,5 +286,11 @@ def report(
     else:
         enabled, reason = True, f"on, checked bit by bit at load ({percent})"
     return ExactnessReport(
-        enabled=enabled, holds=holds, min_rows=min_rows, backend=backend, cost=cost, reason=reason
+        enabled=enabled,
+        holds=holds,
+        min_rows=min_rows,
+        max_nodes=MAX_EXACT_NODES if enabled else None,
+        backend=backend,
+        cost=cost,
+        reason=reason,
     )

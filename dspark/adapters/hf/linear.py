@@ -4,9 +4,11 @@ A matrix product is free to sum in another order for another number of rows, whi
 between plain and speculative decoding. Here every linear layer runs with kernels and row counts for
 which a probe at load found the results bitwise equal. Three kernels are known:
 
-- mkl:    oneMKL with weights packed once (float32 on x86): fastest, all row counts agree.
-- onednn: oneDNN with weights packed once (float32, bfloat16): all row counts from 2 agree.
-- torch:  torch's own linear; the agreeing row counts depend on machine, shape and threads.
+- mkl:     oneMKL with weights packed once (float32 on x86): fastest, all row counts agree.
+- mkl-f32: the same for bfloat16 weights, multiplied in float32 and rounded at the end: for CPUs
+           without bfloat16 instructions, whose emulation neither agrees nor is fast.
+- onednn:  oneDNN with weights packed once (float32, bfloat16).
+- torch:   torch's own linear; the agreeing row counts depend on machine, shape and threads.
 
 Packing also makes a verify batch cheap: one row and sixteen cost nearly the same, where torch's own
 float32 product takes several times as long (benchmarks/linear.py).
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -69,13 +72,37 @@ def _mkl_product(weight: Tensor, bias: Tensor | None) -> Product:
     return lambda x: run(x, packed, shape, bias, x.shape[0])
 
 
+def _mkl_upcast_product(weight: Tensor, bias: Tensor | None) -> Product:
+    product = _mkl_product(weight.float(), None if bias is None else bias.float())
+    return lambda x: product(x.float()).to(x.dtype)
+
+
 KERNELS: dict[str, Callable[[Tensor, Tensor | None], Product]] = {
     "mkl": _mkl_product,
+    "mkl-f32": _mkl_upcast_product,
     "onednn": _onednn_product,
     "torch": _torch_product,
 }
-"""Known kernels, the preferred first. The order is fixed, not measured at load, so that the same
-machine always computes the same bits."""
+"""Known kernels. The order of preference is fixed, not measured at load, so that the same machine
+always computes the same bits."""
+
+
+def has_native_bfloat16() -> bool:
+    """True if this CPU multiplies bfloat16 in hardware (AVX512-BF16, AMX, Arm BF16)."""
+    try:
+        words = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(words))
+
+
+def _preferred(dtype: torch.dtype) -> list[str]:
+    """Names of the kernels for a dtype on a CPU, the preferred first."""
+    if dtype == torch.float32:
+        return ["mkl", "onednn", "torch"]
+    if dtype == torch.bfloat16 and has_native_bfloat16():
+        return ["onednn", "mkl-f32", "torch"]
+    return ["mkl-f32", "onednn", "torch"]
 
 
 def available_kernels(dtype: torch.dtype, device: torch.device) -> list[str]:
@@ -96,11 +123,9 @@ def available_kernels(dtype: torch.dtype, device: torch.device) -> list[str]:
     expected = nn.functional.linear(rows.double(), weight.double())
     scale = expected.abs().max()
     names = []
-    for name, make in KERNELS.items():
-        if name == "mkl" and dtype != torch.float32:
-            continue
+    for name in _preferred(dtype):
         try:
-            product = make(weight, None)
+            product = KERNELS[name](weight, None)
             errors = [(product(rows[:n]) - expected[:n]).abs().max() for n in (1, 2, 5, 16, 37)]
         except (RuntimeError, AttributeError, NotImplementedError):
             continue  # the operator does not exist in this build of torch
@@ -109,19 +134,40 @@ def available_kernels(dtype: torch.dtype, device: torch.device) -> list[str]:
     return names if "torch" in names else [*names, "torch"]
 
 
-def find_row_window(product: Product, inputs: int, dtype: torch.dtype) -> RowWindow | None:
+def cancelling_layer(
+    inputs: int, outputs: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """A weight and rows whose products are nothing but rounding error.
+
+    The second half of every sum takes away what the first half added, so the result is what the
+    additions rounded off: it differs for any other order of the sum. With plain random numbers a
+    bfloat16 result hides a difference in float32 sums in all but one of some 50 000 elements.
+
+    Returns:
+        (weight [O, I], rows [max(_PROBE_ROWS), I]).
+    """
+    generator = torch.Generator().manual_seed(1)
+    half = inputs // 2
+    weight = torch.randn(outputs, inputs, generator=generator)
+    rows = torch.randn(max(_PROBE_ROWS), inputs, generator=generator)
+    order = torch.randperm(half, generator=generator)
+    weight[:, half : 2 * half] = -weight[:, :half][:, order]
+    rows[:, half : 2 * half] = rows[:, :half][:, order]
+    if inputs % 2:
+        rows[:, -1] = 0
+    return weight.to(dtype).to(device), rows.to(dtype).to(device)
+
+
+def find_row_window(product: Product, rows: Tensor) -> RowWindow | None:
     """Find row counts over which every row of a product is bitwise the same.
 
     Args:
         product: The linear layer, [N, I] -> [N, O].
-        inputs: I.
-        dtype: Its dtype.
+        rows: [max(_PROBE_ROWS), I], from `cancelling_layer`.
 
     Returns:
         The window with the fewest least rows that reaches at least 64 rows, or None.
     """
-    generator = torch.Generator().manual_seed(1)
-    rows = torch.randn(max(_PROBE_ROWS), inputs, generator=generator).to(dtype)
     heads = {n: product(rows[:n]) for n in _PROBE_ROWS}
     tails = {n: product(rows[-n:].clone()) for n in _PROBE_ROWS}
 
@@ -223,11 +269,9 @@ def find_windows(
     covered by the end-to-end check (exact.py).
     """
     windows = {}
-    generator = torch.Generator().manual_seed(2)
     for inputs, outputs in shapes:
-        width = min(outputs, 8192)
-        weight = torch.randn(width, inputs, generator=generator).to(dtype).to(device)
-        window = find_row_window(KERNELS[kernel](weight, None), inputs, dtype)
+        weight, rows = cancelling_layer(inputs, min(outputs, 8192), dtype, device)
+        window = find_row_window(KERNELS[kernel](weight, None), rows)
         if window is None:
             return None
         windows[(inputs, outputs)] = window

@@ -18,7 +18,13 @@ from transformers.utils import logging as hf_logging
 from dspark.adapters.base import FamilyAdapter
 from dspark.adapters.hf import exact, experts
 from dspark.adapters.hf.attention import ATTENTION_NAME, attention_forward, no_mask
-from dspark.adapters.hf.linear import RowWindow, available_kernels, find_windows, linear_shapes
+from dspark.adapters.hf.linear import (
+    RowWindow,
+    available_kernels,
+    find_windows,
+    has_native_bfloat16,
+    linear_shapes,
+)
 from dspark.adapters.hf.target import HFTarget
 from dspark.errors import CapabilityError, CheckpointError, ConfigError
 from dspark.registry import LoadedTarget, LoadOptions
@@ -157,7 +163,7 @@ def _decide(
     if windows is not None:
         if record is None:
             logger.info("checking exact mode of %s on this machine (once)", options.name)
-            holds = exact.check_trees(target)
+            holds = exact.check_attention(target) and exact.check_trees(target)
             cost = exact.measure_cost(target) if holds else None
             record = {
                 "kernel": target.kernel,
@@ -252,15 +258,6 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cpu" and not has_native_bfloat16():
         return torch.float32
     return torch.bfloat16
-
-
-def has_native_bfloat16() -> bool:
-    """True if this CPU multiplies bfloat16 in hardware (AVX512-BF16, AMX, Arm BF16)."""
-    try:
-        words = Path("/proc/cpuinfo").read_text().split()
-    except OSError:
-        return False
-    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(words))
 
 
 def _model_type(folder: Path) -> str:

@@ -54,7 +54,8 @@ class HFTarget:
         self._kv_source = adapter.kv_source(config)
         self._device: torch.device = next(model.parameters()).device
         self._dtype: torch.dtype = next(model.parameters()).dtype
-        self._layers = _kv_shapes(self._backbone, self._kv_source)
+        self.kv_layers = _kv_shapes(self._backbone, self._kv_source)
+        self.query_heads = int(config.num_attention_heads)
         self._capture: dict[int, Tensor] = {}
         self._hooked: set[int] = set()
         replace_linears(self._backbone, kernel, windows)
@@ -112,7 +113,9 @@ class HFTarget:
     def new_cache(self, *, memory_limit: int | None = None) -> StoreCache:
         """Make an empty cache; in exact mode it keeps K/V in float32."""
         dtype = torch.float32 if self.exact else self._dtype
-        return StoreCache(self._layers, dtype=dtype, device=self._device, memory_limit=memory_limit)
+        return StoreCache(
+            self.kv_layers, dtype=dtype, device=self._device, memory_limit=memory_limit
+        )
 
     @torch.inference_mode()
     def forward(
