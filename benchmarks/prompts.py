@@ -47,7 +47,7 @@ RAG = [
     "in five minutes. The model 9 kettle has no filter.\nQuestion: Which kettle has a filter?",
 ]
 
-REPEATING = [*CODE_EDIT, *SUMMARY, *RAG]
+REPEATING = [CODE_EDIT[0], SUMMARY[0], RAG[1], CODE_EDIT[2], *CODE_EDIT[1::2], SUMMARY[1], RAG[0]]
 
 FREE = [
     "Tell me a short story about a fox who learns to sail.",

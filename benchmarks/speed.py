@@ -1,6 +1,6 @@
 """Plain decoding against transformers.generate, lookup against plain: interleaved, ratios, spread.
 
-    python benchmarks/speed.py [--dtype float32] [--tokens 64] [--repeats 5] [--out FILE]
+    python benchmarks/speed.py [--dtype float32] [--tokens 64] [--repeats 5] [--prompts 4] [--out FILE]
 
 All runs of a turn follow each other in one process, so that a noisy machine slows all of them.
 `transformers.generate` runs a stock model of its own (its linear layers are torch's). Ratios are
@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--prompts", type=int, default=4, help="prompts of each kind run singly")
     parser.add_argument("--out")
     args = parser.parse_args()
 
@@ -95,6 +96,7 @@ def main() -> None:
     free = [codec.encode_chat([{"role": "user", "content": text}]) for text in FREE]
     repeating = [codec.encode_chat([{"role": "user", "content": text}]) for text in REPEATING]
     fixed = dspark.SamplingParams(max_tokens=args.tokens, ignore_eos=True)
+    single, repeating = free[: args.prompts], repeating[: args.prompts]
     natural = dspark.SamplingParams(max_tokens=2 * args.tokens)
     logs: dict[str, list[Any]] = {"repeating": [], "free": [], "plain": [], "batch": []}
 
@@ -114,8 +116,8 @@ def main() -> None:
             "plain, batch 8": batch_8,
             "plain, repeating": lambda: one_by_one(plain, repeating, natural, logs["plain"]),
             "lookup, repeating": lambda: one_by_one(lookup, repeating, natural, logs["repeating"]),
-            "plain, free": lambda: one_by_one(plain, free, natural, []),
-            "lookup, free": lambda: one_by_one(lookup, free, natural, logs["free"]),
+            "plain, free": lambda: one_by_one(plain, single, natural, []),
+            "lookup, free": lambda: one_by_one(lookup, single, natural, logs["free"]),
         },
         args.repeats,
     )

@@ -51,10 +51,15 @@ class StepClock:
         """True once forwards of different row counts were measured."""
         return self._weight > 3 and self._variance > 0.5
 
-    @property
-    def wants_plain(self) -> bool:
-        """True if only one row count was seen so far: a plain step would tell the costs apart."""
-        return self._weight > 3 and self._variance <= 0.5
+    def wants_plain(self, requests: int) -> bool:
+        """True if only drafted rounds of one size were seen: a plain step would tell costs apart.
+
+        Args:
+            requests: Requests that decode, which is the rows of a plain step.
+        """
+        if self._weight <= 3 or self._variance > 0.5:
+            return False
+        return self._rows / self._weight > requests + 0.5
 
     @property
     def _variance(self) -> float:

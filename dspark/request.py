@@ -246,7 +246,7 @@ class RequestStats:
         seconds_verify: Seconds in target forwards of rounds (its share of a batch).
         seconds_rest: Seconds of rounds outside both (its share of a batch).
         seconds_prefill: Seconds in prefill forwards.
-        seconds_total: Wall-clock seconds from admission to the end.
+        seconds_total: Wall-clock seconds from submission to the end.
         time_to_first_token: Wall-clock seconds from submission to the first token.
         speculation_switched_off: Times that auto-off stopped drafting.
         round_log: One entry a round, kept if the engine was told to.

@@ -57,7 +57,7 @@ class _Part:
     part: BatchPart
     is_prefill: bool
     ends_prefill: bool = False
-    was_drafted: bool = False
+    offered: int = 0
 
     @property
     def wants_verdict(self) -> bool:
@@ -101,7 +101,7 @@ class RoundRunner:
         forward_at = time.perf_counter()
         output = self._target.forward(batch, self._cache, capture=self._drafter.capture)
         if output.logits.device.type != "cpu":
-            torch.cuda.synchronize(output.logits.device)
+            torch.accelerator.synchronize(output.logits.device)
         forward_end = time.perf_counter()
         self._settle(parts, output)
         end = time.perf_counter()
@@ -114,7 +114,8 @@ class RoundRunner:
 
     # -- drafting -----------------------------------------------------------------------------
 
-    def _draft(self, decoding: Sequence[ActiveRequest]) -> dict[int, Proposal]:
+    def _draft(self, decoding: Sequence[ActiveRequest]) -> dict[int, tuple[Proposal, int]]:
+        """Trimmed proposals by request id, each with the number of nodes before trimming."""
         contexts = []
         for request in decoding:
             context = self._context(request, len(decoding))
@@ -131,18 +132,20 @@ class RoundRunner:
             self._drafter_failed = True
             return {}
         pairs = zip(contexts, proposals, strict=True)
-        return {c.request_id: self._trim(c, p) for c, p in pairs}
+        return {c.request_id: (self._trim(c, p), p.tree.num_nodes) for c, p in pairs}
 
     def _context(self, request: ActiveRequest, count: int) -> DraftContext | None:
         params, limits = request.params, self._limits
         budget = limits.tree_budget if params.tree_budget is None else params.tree_budget
         if params.tree_budget is None:
             budget = min(budget, max(1, limits.max_rows // count - 1))
+        most = self._target.exactness.max_nodes
+        budget = budget if most is None else min(budget, most)
         # The closing token comes on top of the path, so the last remaining token needs no draft.
         room = request.remaining(self._target.info.max_positions) - 1
         depth = min(limits.depth if params.depth is None else params.depth, room, budget)
         wanted = params.draft and budget > 0 and depth > 0 and not self._drafter_failed
-        measure_plain = request.switch.allowed and self.clock.wants_plain
+        measure_plain = request.switch.allowed and self.clock.wants_plain(count)
         if not wanted or measure_plain or not request.switch.is_on:
             request.switch.skipped()
             return None
@@ -178,16 +181,14 @@ class RoundRunner:
     # -- the batch ----------------------------------------------------------------------------
 
     def _decode_parts(
-        self, decoding: Sequence[ActiveRequest], drafts: dict[int, Proposal]
+        self, decoding: Sequence[ActiveRequest], drafts: dict[int, tuple[Proposal, int]]
     ) -> list[_Part]:
         parts = []
         for request in decoding:
-            drafted = drafts.get(request.request_id)
-            proposal = Proposal.empty() if drafted is None else drafted
+            proposal, offered = drafts.get(request.request_id, (Proposal.empty(), 0))
             position = len(request.tokens) - 1
             part = verify_part(_slot(request), request.tokens[-1], position, proposal.tree)
-            has_nodes = proposal.tree.num_nodes > 0
-            parts.append(_Part(request, proposal, part, is_prefill=False, was_drafted=has_nodes))
+            parts.append(_Part(request, proposal, part, is_prefill=False, offered=offered))
         return parts
 
     def _prefill_parts(self, requests: Sequence[ActiveRequest]) -> list[_Part]:
@@ -307,7 +308,7 @@ class RoundRunner:
         accepted = min(len(verdict.path), committed)
         request.rounds += 1
         stats.rounds += 1
-        stats.proposed += tree.num_nodes
+        stats.proposed += part.offered
         stats.verified += tree.num_nodes
         stats.accepted += accepted
         stats.committed += committed
@@ -319,7 +320,9 @@ class RoundRunner:
             stats.accepted_at_depth[depth] += depth < accepted
         if self._limits.keep_rounds:
             nodes = tree.num_nodes
-            stats.round_log.append(RoundStats(nodes, nodes, accepted, committed, tree.max_depth))
+            stats.round_log.append(
+                RoundStats(part.offered, nodes, accepted, committed, tree.max_depth)
+            )
 
     def _account(
         self, parts: Sequence[_Part], *, draft: float, forward: float, rest: float
@@ -328,7 +331,7 @@ class RoundRunner:
         decoding = [part for part in parts if not part.is_prefill]
         if len(decoding) == len(parts):
             self.clock.record(rows, forward)
-        drafted = sum(part.was_drafted for part in decoding)
+        drafted = sum(part.offered > 0 for part in decoding)
         for part in parts:
             stats = part.request.stats
             share = forward * len(part.part.token_ids) / rows
@@ -338,12 +341,11 @@ class RoundRunner:
             stats.seconds_verify += share
             stats.seconds_draft += draft / len(decoding)
             stats.seconds_rest += rest / len(decoding)
-            if part.was_drafted and self.clock.is_known:
+            if part.offered and self.clock.is_known:
                 nodes = part.proposal.tree.num_nodes
                 extra = draft / drafted + self.clock.slope * nodes
                 plain = self.clock.seconds(len(decoding)) / len(decoding)
-                log = part.request.stats
-                committed = log.committed - part.request.committed_before
+                committed = stats.committed - part.request.committed_before
                 part.request.switch.drafted(committed, extra, plain)
             part.request.committed_before = stats.committed
 

@@ -331,6 +331,15 @@ def test_statistics_add_up() -> None:
         assert stats.accepted_length == stats.committed / stats.rounds
 
 
+def test_auto_off_lets_drafting_begin_after_plain_steps() -> None:
+    """Plain steps alone say nothing of what a drafted row costs; they must not forbid drafting."""
+    prompt = [[5, 6, 7, 8]]
+    params = SamplingParams(max_tokens=60, ignore_eos=True, logit_bias={9: 8.0})
+    (result,) = engine("lookup", auto_off=True).generate(prompt, params)
+    assert result.stats.verified > 0
+    assert result.stats.accepted > 20
+
+
 def test_auto_off_stops_drafting_while_it_loses() -> None:
     class Garbage:
         name = "garbage"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -52,15 +53,16 @@ def test_older_samples_fade() -> None:
 def test_nothing_is_known_from_one_row_count_and_a_plain_step_is_asked_for() -> None:
     clock = StepClock()
     assert (clock.seconds(4), clock.slope) == (0.0, 0.0)
-    assert not clock.wants_plain
+    assert not clock.wants_plain(1)
     for _ in range(10):
         clock.record(16, 0.03)
     assert not clock.is_known
-    assert clock.wants_plain
+    assert clock.wants_plain(1)
+    assert not clock.wants_plain(16)  # these were plain steps
     assert clock.seconds(16) == pytest.approx(0.03)
     clock.record(1, 0.02)
     assert clock.is_known
-    assert not clock.wants_plain
+    assert not clock.wants_plain(1)
     assert clock.slope == pytest.approx(0.01 / 15)
 
 
@@ -101,7 +103,7 @@ def test_drafting_that_breaks_even_stays_on() -> None:
 def test_drafting_stops_while_it_loses_and_is_tried_again_ever_more_rarely() -> None:
     switch = PayoffSwitch()
     drafted = run(switch, 2000, committed=1, extra=0.5)
-    pauses = [b - a - 1 for a, b in zip(drafted, drafted[1:], strict=False) if b - a > 1]
+    pauses = [b - a - 1 for a, b in itertools.pairwise(drafted) if b - a > 1]
     assert pauses[:5] == [16, 32, 64, 128, 256]
     assert set(pauses[5:]) == {256}
     assert drafted[:6] == list(range(6))
@@ -115,7 +117,7 @@ def test_drafting_that_gains_again_goes_on_and_forgets_the_long_pauses() -> None
         switch.skipped()
     assert len(run(switch, 50, committed=4, extra=0.5)) == 50
     losing = run(switch, 200, committed=1, extra=2.0)
-    first = next(b - a - 1 for a, b in zip(losing, losing[1:], strict=False) if b - a > 1)
+    first = next(b - a - 1 for a, b in itertools.pairwise(losing) if b - a > 1)
     assert first == 16
 
 

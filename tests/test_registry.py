@@ -141,7 +141,9 @@ def test_recurrent_and_linear_attention_families_are_refused(name: str, tmp_path
 def test_layers_with_a_running_state_are_refused_even_if_an_adapter_claims_them(
     name: str, layers: str, register: Callable[[str, object], None], tmp_path: Path
 ) -> None:
-    config = getattr(transformers, name)(num_hidden_layers=2, layer_types=[layers, "full_attention"])
+    config = getattr(transformers, name)(
+        num_hidden_layers=2, layer_types=[layers, "full_attention"]
+    )
     register("dspark.adapters", FamilyAdapter(family="bold", model_types=(config.model_type,)))
     with pytest.raises(CapabilityError, match=f"has {layers} layers, whose state cannot be"):
         load(folder_of(tmp_path, config))

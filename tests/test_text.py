@@ -17,7 +17,11 @@ from dspark.errors import CapabilityError, CheckpointError, DataError
 from dspark.output import OutputText
 from dspark.text import Detokenizer, TextCodec, load_codec
 
-_TRAINING = ["the cat sat on the mat, the end. ", "naïve café — 日本語 日本 🙂🙂 👩‍👩‍👧 ", "  a\n\n\tb  c "] * 4
+_TRAINING = [
+    "the cat sat on the mat, the end. ",
+    "naïve café — 日本語 日本 🙂🙂 👩‍👩‍👧 ",
+    "  a\n\n\tb  c ",
+] * 4
 
 TEXTS = st.text(
     st.one_of(
@@ -58,7 +62,7 @@ def byte_fallback(*, strips: bool) -> TextCodec:
     """Pieces with spaces as ▁ and bytes for what has no piece (Llama 2, Gemma)."""
     names = ["<unk>", "<bos>", "<eos>", *(f"<0x{i:02X}>" for i in range(256)), *_PIECES]
     vocab = {name: i for i, name in enumerate(names)}
-    bpe = tokenizers.models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>")
+    bpe = tokenizers.models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token=names[0])
     model = tokenizers.Tokenizer(bpe)
     model.add_special_tokens(["<bos>", "<eos>"])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -136,7 +140,11 @@ def test_an_unfinished_character_is_held_back_until_the_end() -> None:
 
 
 def shown(codec: TextCodec, tokens: list[int], stop: tuple[str, ...]) -> tuple[str, str, bool]:
-    """Run tokens through OutputText as the engine does; what was shown, its text, whether it stopped."""
+    """Run tokens through OutputText as the engine does.
+
+    Returns:
+        What was shown, the text at the end, whether a stop string ended it.
+    """
     output, out = OutputText(codec, stop), ""
     for token in tokens:
         stopped = output.push(token, is_drafted=token % 2 == 0)

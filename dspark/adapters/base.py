@@ -34,8 +34,6 @@ class FamilyAdapter:
         model_types: transformers `model_type` values that it handles.
         kv_source: config -> for every layer, the layer whose K/V it reads.
         logit_softcap: config -> final soft-cap of the logits, or None.
-        text_prefixes: Attribute paths under which a multimodal model keeps its text model's
-            config; tried in order.
         config_overrides: Fields set on the config before the model is built.
         check: config -> one sentence why this model cannot be tree-verified, or None.
     """

@@ -19,7 +19,7 @@ from dspark.commands.console import (
     ThreadsOption,
 )
 from dspark.errors import ConfigError
-from dspark.request import FinishReason, GenerationResult, Prompt, SamplingParams
+from dspark.request import FinishReason, GenerationResult, Prompt, Rule, SamplingParams
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,6 +77,10 @@ def generate(  # noqa: PLR0913 - one parameter per option is how Typer works
         bool, typer.Option("--show-accepted", help="Tint accepted draft tokens.")
     ] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print statistics to stderr.")] = False,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Decode plainly too and compare: exit 3 if texts differ."),
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per sample.")
     ] = False,
@@ -99,6 +103,11 @@ def generate(  # noqa: PLR0913 - one parameter per option is how Typer works
     )
     if temperature is not None:
         _ = params.resolved_rule  # refuse a contradiction before a model is loaded
+    if compare and rule in (Rule.REJECTION, Rule.BLOCK):
+        raise ConfigError(
+            f"--compare was given with rule {rule}, whose text may differ from plain decoding's.",
+            hint="compare under --rule coupled or sample-match",
+        )
     texts = _prompts(prompt, file)
     console = ui.stderr_console()
     engine = ui.load_engine(
@@ -125,6 +134,41 @@ def generate(  # noqa: PLR0913 - one parameter per option is how Typer works
         raise typer.Exit(2)
     if any(result.finish_reason is FinishReason.CANCELLED for result in results):
         raise typer.Exit(130)
+    if compare and not _is_same_as_plain(engine, prompts, params, results, console):
+        raise typer.Exit(3)
+
+
+def _is_same_as_plain(
+    engine: Engine,
+    prompts: list[Prompt],
+    params: SamplingParams,
+    results: list[GenerationResult],
+    console: Console,
+) -> bool:
+    """Decode plainly with the same seeds, say whether the tokens are the same and how fast."""
+    seeds = [result.seed for result in results if result.sample_index == 0]
+    own = [replace(params, draft=False, seed=seed) for seed in seeds]
+    with ui.loading(console, "decoding plainly to compare"):
+        plain = engine.generate(prompts, own)
+    same = sum(a.token_ids == b.token_ids for a, b in zip(results, plain, strict=True))
+    tokens = sum(len(result.token_ids) for result in results)
+    is_same = same == len(results)
+    verdict = "[green]same text[/]" if is_same else "[bold red]another text[/]"
+    count = "" if len(results) == 1 else f" in {same} of {len(results)} samples"
+    console.print(
+        f"plain decoding gives the {verdict}{count} ({tokens} tokens): "
+        f"{_speed(plain):.1f} tok/s plainly, {_speed(results):.1f} tok/s with the draft"
+    )
+    if not is_same and not engine.target.exactness.enabled:
+        console.print("exact mode is off, so near-ties may fall the other way: try --exact")
+    return is_same
+
+
+def _speed(results: list[GenerationResult]) -> float:
+    """Output tokens per second after the first token, over all results."""
+    stats = [result.stats for result in results]
+    seconds = sum(s.seconds_draft + s.seconds_verify + s.seconds_rest for s in stats)
+    return sum(s.committed for s in stats) / seconds if seconds > 0 else 0.0
 
 
 def with_model_defaults(

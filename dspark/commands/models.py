@@ -42,7 +42,10 @@ def show(context: typer.Context, as_json: _Json = False) -> None:
 
 
 @app.command()
-def fetch(name: _Name, quiet: Annotated[bool, typer.Option("--quiet", "-q")] = False) -> None:
+def fetch(
+    name: _Name,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
     """Download a model into the cache and print its folder."""
     get_alias(name)
     print(resolve_model(name, progress=False if quiet else None))

@@ -31,7 +31,7 @@ class DraftContext:
         params: The request's sampling parameters.
         rule: The acceptance rule in force.
         noise: Key of the request's noise.
-        round: Number of this round, from 0.
+        round: Number of this round, from 1 (the token that prefill yields is drawn in round 0).
         budget: Nodes to offer at the most, >= 1.
         depth: Longest path to offer, >= 1.
         width: Children per node at the most, or None for the drafter's choice.

@@ -66,8 +66,6 @@ class Span:
         columns: Columns of the store that its rows may see, L + n.
         positions: int64 [n].
         visible: bool [n, n], which of the span's own rows a row sees; None for a chain.
-        blocks: Per block of positions in the tail, (first, last+1) column and the columns of the
-            tail that belong to it (None: all).
     """
 
     state: SlotState
