@@ -1,6 +1,6 @@
 """Plain decoding against transformers.generate, lookup against plain: interleaved, ratios, spread.
 
-    python benchmarks/speed.py [--dtype float32] [--tokens 64] [--repeats 5] [--prompts 4] [--out FILE]
+    python benchmarks/speed.py [--dtype float32] [--tokens 64] [--repeats 5] [--prompts 4]
 
 All runs of a turn follow each other in one process, so that a noisy machine slows all of them.
 `transformers.generate` runs a stock model of its own (its linear layers are torch's). Ratios are

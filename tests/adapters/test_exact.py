@@ -119,17 +119,17 @@ def test_rows_outside_the_window_are_padded_or_parted() -> None:
 def test_the_check_passes_on_the_real_code() -> None:
     for family in ("llama", "gemma3", "qwen3_moe"):
         target = random_target(family, exact=True)
-        assert exact.check_attention(target)
+        assert exact.find_query_rows(target) is not None
         assert exact.check_trees(target)
 
 
-def test_attention_summed_by_length_instead_of_position_is_caught(
+def test_a_tree_summed_in_one_go_across_a_page_boundary_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The planted fault: products over exactly the columns there are."""
+    """The planted fault: sums grouped by where rows lie and not by their positions."""
     target = fresh_target()
-    monkeypatch.setattr(attention, "_COLUMN_STEP", 1)
-    assert not exact.check_attention(target)
+    monkeypatch.setattr(attention.Step, "tail_masks", lambda self, index: [None])
+    assert exact.find_query_rows(target) is None
 
 
 def test_a_tree_that_sees_a_sibling_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

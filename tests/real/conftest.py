@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,16 +33,16 @@ def fetched(name: str) -> Path:
         raise
 
 
-@functools.cache
-def exact_target(name: str, dtype: str = "float32") -> LoadedTarget:
+@functools.lru_cache(maxsize=1)  # a model takes up to 2 GB
+def exact_target(name: str, dtype: str) -> LoadedTarget:
     """The model in exact mode."""
     # Without a folder for its findings, the probe runs every time: it is under test as well.
     options = LoadOptions(name=name, dtype=dtype, exact=True)
     return load_target(fetched(name), options)
 
 
-@functools.cache
-def truncated_copy(name: str, dtype: str = "float32") -> ModelDrafter:
+@functools.lru_cache(maxsize=1)
+def truncated_copy(name: str, dtype: str) -> ModelDrafter:
     """A copy of the model without its last layers, as a draft."""
     stock = AutoModelForCausalLM.from_pretrained(fetched(name), dtype=getattr(torch, dtype))
     decoder = stock.get_decoder()
@@ -52,11 +53,21 @@ def truncated_copy(name: str, dtype: str = "float32") -> ModelDrafter:
     return ModelDrafter(wrapped, vocab_size=wrapped.info.vocab_size)
 
 
-def make_drafter(kind: str, name: str, dtype: str = "float32") -> Drafter | None:
+def make_drafter(kind: str, name: str, dtype: str) -> Drafter | None:
     """A drafter by its name: none, lookup or model."""
     if kind == "none":
         return None
     return LookupDrafter() if kind == "lookup" else truncated_copy(name, dtype)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _all_cores(_one_thread: None) -> Iterator[None]:
+    """Real models are large enough to use them."""
+    before = torch.get_num_threads()
+    if not {"OMP_NUM_THREADS", "DSPARK_TEST_THREADS"} & set(os.environ):
+        torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -32,6 +32,7 @@ from dspark.target import RowSpan, TokenBatch
 __all__ = [
     "ATTENTION_NAME",
     "MAX_EXACT_NODES",
+    "QUERY_ROWS",
     "Span",
     "Step",
     "attention_forward",
@@ -50,8 +51,10 @@ MAX_EXACT_NODES = 64
 """Drafted nodes per request that exact mode is checked for. A product adds its columns one after
 another only up to some 384 of them (one block of the kernel): a page and its tree must fit."""
 
-MIN_QUERY_ROWS = 8
-"""Fewest rows (heads of a group times tokens) of an attention product in exact mode."""
+QUERY_ROWS = (8, 16, 32)
+"""Fewest rows (heads of a group times tokens) of an attention product in exact mode: the probe
+takes the first that holds. With few rows kernels split the sum over the head size in other ways; a
+head size of 256 was seen to need 16."""
 
 
 @dataclass(eq=False, slots=True)
@@ -96,6 +99,7 @@ class Step:
         exact: Use the exact form.
         kv_source: Layer whose K/V a layer reads (itself unless layers share K/V).
         device: Where masks are made.
+        least_rows: Fewest query rows of a product in exact mode.
     """
 
     cache: StoreCache
@@ -103,6 +107,7 @@ class Step:
     exact: bool
     kv_source: tuple[int, ...]
     device: torch.device
+    least_rows: int
     _hidden: dict[tuple[int, int | None], tuple[int, Tensor | None]] = field(default_factory=dict)
     _tails: dict[int, list[Tensor | None]] = field(default_factory=dict)
     _queries: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
@@ -115,10 +120,11 @@ class Step:
         exact: bool,
         kv_source: tuple[int, ...],
         device: torch.device,
+        least_rows: int = QUERY_ROWS[0],
     ) -> Step:
         """Lay out a forward."""
         spans = [_plan_span(batch, span, cache) for span in batch.spans]
-        return Step(cache, spans, exact, kv_source, device)
+        return Step(cache, spans, exact, kv_source, device, least_rows)
 
     def hidden(self, index: int, window: int | None) -> tuple[int, Tensor | None]:
         """First column a span needs, and which of the columns from there its rows must not see.
@@ -170,7 +176,7 @@ class Step:
         """
         key = (heads, rows, like.shape[-1])
         if key not in self._queries:
-            shape = (heads, max(rows, MIN_QUERY_ROWS), like.shape[-1])
+            shape = (heads, max(rows, self.least_rows), like.shape[-1])
             self._queries[key] = torch.zeros(shape, dtype=self.cache.dtype, device=self.device)
         return self._queries[key]
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from dspark.adapters.hf.attention import MAX_EXACT_NODES, Step, exact_span
+from dspark.adapters.hf.attention import MAX_EXACT_NODES, QUERY_ROWS, Step, exact_span
 from dspark.adapters.hf.store import PAGE_TOKENS, LayerShape, StoreCache
 from dspark.target import BatchPart, ExactnessReport, TokenBatch
 
@@ -32,6 +32,7 @@ __all__ = [
     "DEFAULT_MAX_COST",
     "check_attention",
     "check_trees",
+    "find_query_rows",
     "measure_cost",
     "probe_key",
     "read_probe",
@@ -42,7 +43,7 @@ __all__ = [
 DEFAULT_MAX_COST = 0.10
 """Exact mode is the default unless it slows a one-row step by more than this."""
 
-_SCHEMA = 4
+_SCHEMA = 5
 
 _TREE_PARENT = (-1, 0, 0, 1, 1, 2, 3, 3, 5, 6, 8, 9, 10)
 """Rows of the probe's tree: row 0 is the anchor."""
@@ -103,20 +104,26 @@ def check_trees(target: HFTarget) -> bool:
     return True
 
 
-def check_attention(target: HFTarget) -> bool:
+def find_query_rows(target: HFTarget) -> int | None:
+    """Find the fewest query rows with which attention holds, or None if none of QUERY_ROWS does."""
+    return next((rows for rows in QUERY_ROWS if check_attention(target, rows)), None)
+
+
+def check_attention(target: HFTarget, least_rows: int) -> bool:
     """Compare attention of a tree of MAX_EXACT_NODES with that of its paths, bit by bit.
 
     Args:
         target: A target.
+        least_rows: Fewest query rows of a product.
 
     Returns:
         True if every compared row is bitwise the same for every shape of K/V heads.
     """
     shapes = {(shape.heads, shape.head_dim) for shape in target.kv_layers}
-    return all(_check_attention(target, heads, dim) for heads, dim in sorted(shapes))
+    return all(_check_attention(target, *shape, least_rows) for shape in sorted(shapes))
 
 
-def _check_attention(target: HFTarget, heads: int, dim: int) -> bool:
+def _check_attention(target: HFTarget, heads: int, dim: int, least_rows: int) -> bool:
     rng = np.random.default_rng(1)
     device = torch.device(target.info.device)
     shape = LayerShape(layer=0, heads=heads, head_dim=dim)
@@ -138,7 +145,9 @@ def _check_attention(target: HFTarget, heads: int, dim: int) -> bool:
         batch = TokenBatch.build([part])
         cache.reserve(slot, len(which))
         cache.begin(batch)
-        step = Step.plan(batch, cache, exact=True, kv_source=(0,), device=device)
+        step = Step.plan(
+            batch, cache, exact=True, kv_source=(0,), device=device, least_rows=least_rows
+        )
         cache.write(0, cache.state(slot), key[:, which], value[:, which])
         return exact_span(step, 0, 0, query[:, which], dim**-0.5, window, None)
 

@@ -163,16 +163,21 @@ def _decide(
     if windows is not None:
         if record is None:
             logger.info("checking exact mode of %s on this machine (once)", options.name)
-            holds = exact.check_attention(target) and exact.check_trees(target)
+            rows = exact.find_query_rows(target)
+            if rows is not None:
+                target.query_rows = rows
+                holds = exact.check_trees(target)
             cost = exact.measure_cost(target) if holds else None
             record = {
                 "kernel": target.kernel,
                 "windows": {_shape_name(s): [w.least, w.most] for s, w in windows.items()},
+                "query_rows": target.query_rows,
                 "holds": holds,
                 "cost": cost,
             }
             if folder is not None:
                 exact.write_probe(folder, key, record)
+        target.query_rows = int(record["query_rows"])
         holds, cost = bool(record["holds"]), record["cost"]
     if options.exact and not holds:
         raise CapabilityError(

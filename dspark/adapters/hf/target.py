@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dspark.adapters.base import FamilyAdapter
-from dspark.adapters.hf.attention import Step
+from dspark.adapters.hf.attention import QUERY_ROWS, Step
 from dspark.adapters.hf.linear import RowStableLinear, RowWindow, replace_linears
 from dspark.adapters.hf.store import LayerShape, StoreCache
 from dspark.cache import Cache
@@ -56,6 +56,7 @@ class HFTarget:
         self._dtype: torch.dtype = next(model.parameters()).dtype
         self.kv_layers = _kv_shapes(self._backbone, self._kv_source)
         self.query_heads = int(config.num_attention_heads)
+        self.query_rows = QUERY_ROWS[0]
         self._capture: dict[int, Tensor] = {}
         self._hooked: set[int] = set()
         replace_linears(self._backbone, kernel, windows)
@@ -136,7 +137,12 @@ class HFTarget:
             )
         cache.begin(batch)
         step = Step.plan(
-            batch, cache, exact=self.exact, kv_source=self._kv_source, device=self._device
+            batch,
+            cache,
+            exact=self.exact,
+            kv_source=self._kv_source,
+            device=self._device,
+            least_rows=self.query_rows,
         )
         hidden = self._run_backbone(batch, step, capture)
         rows = hidden[torch.from_numpy(batch.output_rows).to(self._device)]
