@@ -9,7 +9,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := torch==2.13.0
 PYTEST_ARGS ?=
 BENCH ?= $(sort $(wildcard benchmarks/[a-z]*.py))
-PROMPT ?= Write a short Python function that adds two numbers, then show three examples of calling it.
+PROMPT ?= Fix the spelling mistakes and print the whole text again: The old lighthouse on the \
+northern cape was built in 1884 by a crew of forty masons. The lighthouse keeper livd in a stone \
+cottage beside the tower. Every evning the keeper climbed the two hundred and twelve steps of the \
+tower to light the great oil lamp.
 
 .PHONY: help demo test test-fast test-real lint format bench venv clean
 
@@ -17,7 +20,7 @@ help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
 demo: $(VENV)/.stamp-core  ## Answer a prompt with the default model, accepted draft tokens tinted
-	$(BIN)/dspark generate "$(PROMPT)" --show-accepted --stats
+	$(BIN)/dspark generate "$(PROMPT)" --show-accepted --stats --compare
 
 test: test-fast test-real  ## Run the fast tests, then those on real weights
 

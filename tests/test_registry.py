@@ -195,7 +195,6 @@ def test_a_family_that_looks_ahead_is_refused(tmp_path: Path) -> None:
         load(folder_of(tmp_path, config))
 
 
-@pytest.mark.xfail(reason="adapters/hf/load.py does not pass trust_remote_code=False", strict=True)
 def test_code_that_comes_with_a_model_is_never_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,7 +206,6 @@ def test_code_that_comes_with_a_model_is_never_run(
         load(folder_of(tmp_path, config))
 
 
-@pytest.mark.xfail(reason="adapters/hf/load.py lets huggingface_hub's error through", strict=True)
 def test_a_config_with_a_field_of_the_wrong_type_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="hidden_size"):
         load(folder_of(tmp_path, {"model_type": "llama", "hidden_size": "x"}))

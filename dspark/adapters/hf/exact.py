@@ -43,7 +43,7 @@ __all__ = [
 DEFAULT_MAX_COST = 0.10
 """Exact mode is the default unless it slows a one-row step by more than this."""
 
-_SCHEMA = 5
+_SCHEMA = 6
 
 _TREE_PARENT = (-1, 0, 0, 1, 1, 2, 3, 3, 5, 6, 8, 9, 10)
 """Rows of the probe's tree: row 0 is the anchor."""
@@ -189,12 +189,13 @@ def _prefill(target: HFTarget, cache: Any, tokens: list[int], *, chunks: int) ->
     return int(slot)
 
 
-def measure_cost(exact: HFTarget, *, repeats: int = 7) -> float:
+def measure_cost(exact: HFTarget, *, repeats: int = 15) -> float:
     """Time of a one-row step in exact mode over that of one without, minus 1.
 
     Args:
         exact: A target in exact mode; it is switched off and on again between steps.
-        repeats: Interleaved pairs of steps; the median ratio counts.
+        repeats: Interleaved pairs of steps. The lower quartiles count: whatever else the machine does
+            can only make a step slower.
     """
     caches = {}
     for mode in (True, False):
@@ -214,8 +215,8 @@ def measure_cost(exact: HFTarget, *, repeats: int = 7) -> float:
             if turn > 0:  # the first pair warms up
                 seconds[mode].append(time.perf_counter() - start)
     exact.switch_exact(True)
-    ratios = [a / b for a, b in zip(seconds[True], seconds[False], strict=True)]
-    return statistics.median(ratios) - 1
+    quartile = {mode: statistics.quantiles(times, n=4)[0] for mode, times in seconds.items()}
+    return quartile[True] / quartile[False] - 1
 
 
 def probe_key(config: dict[str, Any], dtype: str, device: str, weights: str) -> str:

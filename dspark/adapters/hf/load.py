@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
@@ -63,8 +64,10 @@ class TransformersLoader:
             CapabilityError: If the family is unknown or cannot be tree-verified.
         """
         try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as exc:
+            config = AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as exc:
             kind = _model_type(folder)
             adapter_for(kind)  # an unknown family gets its own, clearer refusal
             raise CheckpointError(f"the config in {folder} cannot be used: {exc}") from exc
@@ -85,7 +88,8 @@ class TransformersLoader:
         sampling = {}
         if generation.get("do_sample"):
             names = [n for n in _SAMPLING_FIELDS if generation.get(n) is not None]
-            sampling = {name: generation[name] for name in names}
+            # A model that samples and does not say at which temperature means 1.
+            sampling = {"temperature": 1.0, **{name: generation[name] for name in names}}
         return LoadedTarget(target=target, codec=codec, sampling=sampling, folder=folder)
 
 
@@ -285,6 +289,7 @@ def _load_weights(
             dtype=dtype,
             attn_implementation=ATTENTION_NAME,
             local_files_only=True,
+            trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
         )
