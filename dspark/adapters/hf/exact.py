@@ -194,8 +194,8 @@ def measure_cost(exact: HFTarget, *, repeats: int = 15) -> float:
 
     Args:
         exact: A target in exact mode; it is switched off and on again between steps.
-        repeats: Interleaved pairs of steps. The lower quartiles count: whatever else the machine does
-            can only make a step slower.
+        repeats: Interleaved pairs of steps. The lower quartiles count: whatever else the machine
+            does can only make a step slower.
     """
     caches = {}
     for mode in (True, False):
