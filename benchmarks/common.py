@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import statistics
@@ -16,16 +17,24 @@ import transformers
 
 import dspark
 
-__all__ = ["describe", "finish", "interleave", "ratio"]
+__all__ = ["code_version", "describe", "finish", "interleave", "ratio"]
+
+
+def _git(*args: str) -> str:
+    run = subprocess.run(["git", *args], capture_output=True, text=True, check=False)  # noqa: S607
+    return run.stdout.strip()
+
+
+def code_version() -> str:
+    """Fingerprint of the package's sources as they are on disk."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(dspark.__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def describe() -> dict[str, Any]:
     """Machine, versions, commit, command."""
-
-    def git(*args: str) -> str:
-        run = subprocess.run(["git", *args], capture_output=True, text=True, check=False)  # noqa: S607
-        return run.stdout.strip()
-
     processor = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -33,8 +42,8 @@ def describe() -> dict[str, Any]:
         processor = names[0].partition(":")[2].strip() if names else processor
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "dirty": bool(git("status", "--porcelain")),
+        "commit": _git("rev-parse", "--short", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain")),
         "processor": processor,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

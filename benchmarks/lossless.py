@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import describe
+from common import code_version, describe
 from prompts import FREE, LONG_TEXTS, REPEATING
 from transformers import AutoModelForCausalLM
 
@@ -153,6 +153,8 @@ def reference(
     """Plain decoding's tokens, kept on disk."""
     plain = {**cell, "draft": "none", "batch": 16, "shape": "budget 1"}
     name = "-".join(str(plain[k]) for k in ("model", "dtype", "sampling")).replace(" ", "_")
+    # Other code may round differently, and so may another number of threads.
+    folder = folder / f"{code_version()}-{torch.get_num_threads()}"
     path = folder / f"{name}-{len(prompts)}x{tokens}.json"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
