@@ -127,7 +127,7 @@ class ActiveRequest:
         return self.phase is not Phase.DONE
 
     def _end(self, reason: FinishReason) -> None:
-        if self.output.finish():
+        if self.output.finish() and reason is FinishReason.LENGTH:
             reason = FinishReason.STOP
         self.phase = Phase.DONE
         self.finish_reason = reason

@@ -83,6 +83,14 @@ class Cache(Protocol):
         """Close the slot and give its pages back."""
         ...
 
+    def scrub(self, slot: int) -> None:
+        """Overwrite what rejected rows left behind the committed context, if it is not finite."""
+        ...
+
+    def forget_kept(self) -> None:
+        """Give back the pages of released requests that were kept for sharing."""
+        ...
+
     def usage(self) -> CacheUsage:
         """Memory in use."""
         ...

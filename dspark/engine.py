@@ -8,10 +8,10 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dspark.active import ActiveRequest, Phase
 from dspark.draft.base import Drafter
@@ -30,9 +30,6 @@ from dspark.target import Target
 from dspark.text import TextCodec
 from dspark.verify.noise import NoiseKey
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
 __all__ = ["Engine", "EngineConfig", "StreamChunk"]
 
 _EAGER_TOKENS = 512
@@ -45,7 +42,8 @@ class EngineConfig:
 
     Attributes:
         max_batch: Requests in a round at the most; further ones wait.
-        memory_limit: Bytes of K/V cache, None for no limit.
+        memory_limit: Bytes of the target's K/V cache, None for no limit. A draft model's own
+            cache comes on top.
         auto_off: Let drafting switch itself off per request while it loses.
         limits: Sizes of a round.
     """
@@ -224,10 +222,10 @@ class Engine:
             raise ConfigError("prompts is a string, but must be a list.", hint="pass [prompt]")
         per_prompt = self._spread(params, len(prompts))
         requests: list[ActiveRequest] = []
-        for index, (prompt, own) in enumerate(zip(prompts, per_prompt, strict=True)):
-            requests.extend(self.submit(prompt, own, prompt_index=index))
         reported: set[int] = set()
         try:
+            for index, (prompt, own) in enumerate(zip(prompts, per_prompt, strict=True)):
+                requests.extend(self.submit(prompt, own, prompt_index=index))
             while any(request.phase is not Phase.DONE for request in requests):
                 self.step()
                 if on_result is not None:
@@ -381,17 +379,33 @@ class Engine:
             if not prompt:
                 raise DataError("the prompt is empty.", hint="give at least one character")
             tokens = self._needs_codec().encode(prompt)
-        elif prompt and isinstance(prompt[0], int):
-            tokens = [int(token) for token in prompt if isinstance(token, int)]
-        elif prompt:
-            tokens = self._needs_codec().encode_chat(list(prompt))  # type: ignore[arg-type]
         else:
-            raise DataError("the prompt is empty.", hint="give at least one token")
+            tokens = self._encode_items(prompt)
         vocab = self._target.info.vocab_size
         bad = next((token for token in tokens if not 0 <= token < vocab), None)
         if bad is not None:
             raise DataError(f"token id {bad} is outside the vocabulary, 0 to {vocab - 1}.")
         return tokens
+
+    def _encode_items(self, prompt: object) -> list[int]:
+        """Encode a prompt that is a list of token ids or of chat messages."""
+        try:
+            items = list(prompt)  # type: ignore[call-overload]
+        except TypeError as exc:
+            raise DataError(
+                f"a prompt is of type {type(prompt).__name__}, but must be a string, a list of "
+                "token ids or a list of chat messages."
+            ) from exc
+        if not items:
+            raise DataError("the prompt is empty.", hint="give at least one token")
+        if all(isinstance(item, Mapping) for item in items):
+            return self._needs_codec().encode_chat(items)
+        bad = next((i for i in items if isinstance(i, bool) or not isinstance(i, Integral)), None)
+        if bad is not None:
+            raise DataError(
+                f"a prompt holds {bad!r}, but its items must be all token ids or all chat messages."
+            )
+        return [int(item) for item in items]
 
     def _needs_codec(self) -> TextCodec:
         if self._codec is None:
@@ -472,16 +486,21 @@ class Engine:
         """Give a request its slot; False if the cache has no room for it yet."""
         # Features of shared tokens would be missing for drafters that read them.
         tokens = [] if self._drafter.capture else request.prompt
+        rows = self._rows_needed(len(request.prompt), request.params)
         slot, shared = self._cache.open(tokens)
-        rows = self._rows_needed(len(request.prompt), request.params) - shared
         try:
-            self._cache.reserve(slot, rows)
+            self._cache.reserve(slot, rows - shared)
         except DsparkError as exc:
             self._cache.release(slot)
-            if not self._active:  # nothing will free memory
+            if self._active:
+                return False  # they will free memory
+            if not shared:
                 request.fail(exc.message, exc.hint)
                 return True
-            return False
+            # What it shares holds more memory than it saves: start without.
+            self._cache.forget_kept()
+            slot, shared = self._cache.open([])
+            self._cache.reserve(slot, rows)
         request.slot = slot
         request.stats.shared_prefix = shared
         request.phase = Phase.PREFILL

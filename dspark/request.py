@@ -60,6 +60,9 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+_LARGEST_TREE = 4096
+
+
 def _check(condition: bool, name: str, value: object, allowed: str) -> None:
     if not condition:
         raise ConfigError(f"{name} is {value!r}, but must be {allowed}.")
@@ -172,8 +175,8 @@ class SamplingParams:
         object.__setattr__(self, "rule", value)
         for name, least in (("depth", 1), ("width", 1), ("tree_budget", 0)):
             value = getattr(self, name)
-            ok = value is None or _is_count(value, least)
-            _check(ok, name, value, f"None or an integer >= {least}")
+            ok = value is None or (_is_count(value, least) and value <= _LARGEST_TREE)
+            _check(ok, name, value, f"None or an integer from {least} to {_LARGEST_TREE}")
 
     @property
     def resolved_rule(self) -> Rule:

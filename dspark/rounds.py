@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ import torch
 from dspark.active import ActiveRequest, Phase
 from dspark.cache import Cache
 from dspark.draft.base import DraftContext, Drafter
-from dspark.errors import DsparkError
+from dspark.errors import ConfigError, DsparkError, ShapeError
 from dspark.payoff import StepClock
 from dspark.request import RoundStats, TokenLogprob
 from dspark.target import BatchPart, Target, TargetOutput, TokenBatch
@@ -47,6 +47,17 @@ class RoundLimits:
     prefill_chunk: int = 512
     keep_rounds: bool = False
 
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("tree_budget", 0),
+            ("depth", 1),
+            ("max_rows", 1),
+            ("prefill_chunk", 1),
+        ):
+            value = getattr(self, name)
+            if value < least:
+                raise ConfigError(f"{name} is {value}, but must be >= {least}.")
+
 
 @dataclass(slots=True)
 class _Part:
@@ -58,6 +69,7 @@ class _Part:
     is_prefill: bool
     ends_prefill: bool = False
     offered: int = 0
+    needs_scrub: bool = False
 
     @property
     def wants_verdict(self) -> bool:
@@ -125,14 +137,18 @@ class RoundRunner:
             return {}
         try:
             proposals = self._drafter.propose(contexts)
-        except (DsparkError, RuntimeError) as exc:
-            # A broken draft must cost speed, never the answer.
+            pairs = list(zip(contexts, proposals, strict=True))
+            for context, proposal in pairs:
+                _check_limits(context, proposal)
+            return {
+                c.request_id: (self._trim(c, p, len(decoding)), p.tree.num_nodes) for c, p in pairs
+            }
+        except Exception as exc:  # noqa: BLE001 - drafters are plug-ins: whatever breaks in one
+            # must cost speed, never the answer.
             if not self._drafter_failed:
                 logger.warning("drafter %s failed, decoding plainly: %s", self._drafter.name, exc)
             self._drafter_failed = True
             return {}
-        pairs = zip(contexts, proposals, strict=True)
-        return {c.request_id: (self._trim(c, p), p.tree.num_nodes) for c, p in pairs}
 
     def _context(self, request: ActiveRequest, count: int) -> DraftContext | None:
         params, limits = request.params, self._limits
@@ -165,15 +181,15 @@ class RoundRunner:
             features=features or None,
         )
 
-    def _trim(self, context: DraftContext, proposal: Proposal) -> Proposal:
-        """Drop nodes whose expected tokens cost more time than plain steps would."""
+    def _trim(self, context: DraftContext, proposal: Proposal, count: int) -> Proposal:
+        """Drop nodes whose expected tokens cost more time than plain steps of `count` requests."""
         tree = proposal.tree
         if tree.num_nodes == 0 or context.rule.draws_from_laws or not self.clock.is_known:
             return proposal
         if context.params.tree_budget is not None:
             return proposal
-        base = self.clock.seconds(1)
-        keep = tree.survival * base > self.clock.slope
+        plain = self.clock.seconds(count) / count
+        keep = tree.survival * plain > self.clock.slope
         if keep.all():
             return proposal
         return proposal.subtree(keep)  # survival falls along paths, so this is ancestor-closed
@@ -269,14 +285,23 @@ class RoundRunner:
         """Judge one request by itself, so that its error does not reach the others."""
         try:
             return verify(logits, [job])[0]
+        except DsparkError:
+            pass
+        try:
+            # Perhaps only a drafted row is at fault, which plain decoding would never have run.
+            verdict = verify(logits, [replace(job, proposal=Proposal.empty())])[0]
         except DsparkError as exc:
             part.request.fail(exc.message, exc.hint)
             return Verdict(path=(), closing=0)
+        part.needs_scrub = True
+        return verdict
 
     def _commit(
         self, part: _Part, kept: Sequence[int], output: TargetOutput, first_row: int
     ) -> None:
         self._cache.commit(_slot(part.request), kept)
+        if part.needs_scrub:
+            self._cache.scrub(_slot(part.request))
         for layer, hidden in output.hidden.items():
             rows = hidden[[first_row + row for row in kept]]
             part.request.features.setdefault(layer, []).append(rows)
@@ -348,6 +373,15 @@ class RoundRunner:
                 committed = stats.committed - part.request.committed_before
                 part.request.switch.drafted(committed, extra, plain)
             part.request.committed_before = stats.committed
+
+
+def _check_limits(context: DraftContext, proposal: Proposal) -> None:
+    tree = proposal.tree
+    if tree.num_nodes > context.budget or tree.max_depth > context.depth:
+        raise ShapeError(
+            f"a proposal has {tree.num_nodes} nodes and depth {tree.max_depth}, but at most "
+            f"{context.budget} and {context.depth} were asked for."
+        )
 
 
 def _slot(request: ActiveRequest) -> int:

@@ -8,6 +8,7 @@ import math
 import string
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -109,7 +110,8 @@ def test_the_tokens_are_those_of_plain_decoding_on_every_family(family: str, sam
 
 def test_a_draft_that_is_the_target_is_accepted_and_saves_rounds() -> None:
     """Without this the tests above could pass with a drafter that never proposes."""
-    params = SamplingParams(max_tokens=40, ignore_eos=True, width=1)
+    # A budget of its own is never trimmed by measured times.
+    params = SamplingParams(max_tokens=40, ignore_eos=True, width=1, tree_budget=15)
     results = engine("itself").generate(PROMPTS, params)
     for result in results:
         assert result.stats.accepted_length > 2
@@ -406,3 +408,97 @@ def test_a_rule_that_contradicts_the_temperature_is_an_error_of_the_prompt() -> 
 def test_prompts_must_be_a_list() -> None:
     with pytest.raises(dspark.ConfigError, match="must be a list"):
         engine().generate("hello")
+
+
+def test_a_shared_prefix_never_makes_a_request_fail() -> None:
+    """A shared page holds its donor's whole segment, so dropping the donor frees nothing."""
+    page = random_target(exact=True).new_cache().page_bytes()
+    prompt = [3 + i % 90 for i in range(303)]
+    params = SamplingParams(max_tokens=690, ignore_eos=True)
+    small = engine(memory_limit=4 * page)
+    first = small.submit(prompt, params)[0]
+    for _ in range(20):
+        small.step()
+    small.cancel(first)
+    (result,) = small.generate([[*prompt[:300], 9, 9, 9]], SamplingParams(max_tokens=690))
+    assert result.error is None
+
+
+def test_a_drafted_row_that_is_not_finite_does_not_fail_the_request() -> None:
+    class Target:
+        """Gives NaN for rows past the first of a tree, as an overflowing nonsense token would."""
+
+        def __init__(self) -> None:
+            self.inner = random_target(exact=True)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.inner, name)
+
+        def forward(self, batch: object, cache: object, *, capture: tuple = ()) -> object:
+            output = self.inner.forward(batch, cache, capture=capture)
+            if len(batch.output_rows) == 1:
+                return output
+            logits = output.logits.clone()
+            logits[1:] = float("nan")
+            return replace(output, logits=logits)
+
+    params = SamplingParams(max_tokens=12)
+    broken = dspark.Engine(Target(), drafter=drafter("itself"))
+    (result,) = broken.generate([[5, 6]], params)
+    assert result.error is None
+    assert result.token_ids == tokens_of(engine(), params, [[5, 6]])[0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        (5, "of type int"),
+        ([1, "x", 4], "holds 'x'"),
+        ([1, 2.5], "holds 2.5"),
+        ([True, 2], "holds True"),
+        ([{"role": "user", "content": "hi"}], "no tokenizer"),
+    ],
+)
+def test_a_prompt_of_the_wrong_kind_is_an_error_of_its_own(prompt: object, words: str) -> None:
+    own = engine()
+    results = own.generate([[5, 6], prompt], SamplingParams(max_tokens=2))
+    assert results[0].error is None
+    assert words in results[1].error
+    assert own.num_unfinished == 0
+
+
+def test_token_ids_may_be_numpy_integers() -> None:
+    ids = np.array([5, 6, 7])
+    params = SamplingParams(max_tokens=4)
+    assert tokens_of(engine(), params, [ids]) == tokens_of(engine(), params, [[5, 6, 7]])
+
+
+class UnrulyDrafter(BrokenDrafter):
+    """Offers more than was asked for."""
+
+    def propose(self, contexts: list) -> list:
+        from dspark.tree import DraftTree, Proposal
+
+        tree = DraftTree.build([1] * 50, range(-1, 49))
+        return [Proposal(tree)] * len(contexts)
+
+
+class IndexDrafter(BrokenDrafter):
+    """Has a bug."""
+
+    def propose(self, contexts: list) -> list:
+        return [contexts[99]]
+
+
+@pytest.mark.parametrize("kind", [UnrulyDrafter, IndexDrafter])
+def test_a_drafter_with_a_bug_costs_speed_and_not_the_answer(kind: type) -> None:
+    params = SamplingParams(max_tokens=10)
+    assert tokens_of(dspark.Engine(random_target(exact=True), drafter=kind()), params) == tokens_of(
+        engine(), params
+    )
+
+
+@pytest.mark.parametrize("name", ["tree_budget", "depth", "max_rows", "prefill_chunk"])
+def test_sizes_of_a_round_are_checked(name: str) -> None:
+    with pytest.raises(dspark.ConfigError, match=name):
+        dspark.RoundLimits(**{name: -1})

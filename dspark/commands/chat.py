@@ -166,7 +166,11 @@ class Talk:
         self._messages.append({"role": "user", "content": line})
         turn = len(self._messages) // 2
         prompt = self._system + self._messages
-        (request,) = self._engine.submit(prompt, self._turn_params(turn))
+        try:
+            (request,) = self._engine.submit(prompt, self._turn_params(turn))
+        except KeyboardInterrupt:
+            self._messages.pop()
+            return
         try:
             for chunk in self._engine.follow(request):
                 for piece in chunk.pieces:

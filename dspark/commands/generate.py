@@ -126,7 +126,7 @@ def generate(  # noqa: PLR0913 - one parameter per option is how Typer works
     if len(prompts) == 1 and n == 1 and not as_json:
         results = [_stream(engine, prompts[0], params, show_accepted=show_accepted)]
     else:
-        results = engine.generate(prompts, params)
+        results = _run_all(engine, prompts, params)
         _print_all(results, as_json=as_json, console=console)
     if stats:
         ui.print_stats(console, engine, results)
@@ -136,6 +136,20 @@ def generate(  # noqa: PLR0913 - one parameter per option is how Typer works
         raise typer.Exit(130)
     if compare and not _is_same_as_plain(engine, prompts, params, results, console):
         raise typer.Exit(3)
+
+
+def _run_all(
+    engine: Engine, prompts: list[Prompt], params: SamplingParams
+) -> list[GenerationResult]:
+    """Run all prompts; a Ctrl-C ends the answers and keeps what there is of each."""
+    requests = [r for i, p in enumerate(prompts) for r in engine.submit(p, params, prompt_index=i)]
+    try:
+        while engine.num_unfinished:
+            engine.step()
+    except KeyboardInterrupt:
+        for request in requests:
+            engine.cancel(request)
+    return [request.result() for request in requests]
 
 
 def _is_same_as_plain(

@@ -184,7 +184,10 @@ def find_row_window(product: Product, rows: Tensor) -> RowWindow | None:
             if not agree(least, n):
                 break
             most = n
-        if most >= 64 and all(shifted(n) for n in (least, 2 * least, 16, 33) if n < most):
+        # Twice the least, so that more rows than the most can be parted within the window.
+        if most >= max(64, 2 * least) and all(
+            shifted(n) for n in (least, 2 * least, 16, 33) if n < most
+        ):
             return RowWindow(least, most)
     return None
 

@@ -92,11 +92,13 @@ class SlotState:
         tokens: Committed token ids.
         pieces: Its segments, in order.
         pending: (token ids, parent rows within the part) of the last forward, or None.
+        has_run: True once rows of its own were committed.
     """
 
     tokens: list[int] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)
     pending: tuple[list[int], list[int]] | None = None
+    has_run: bool = False
 
     @property
     def length(self) -> int:
@@ -193,6 +195,16 @@ class StoreCache:
             self._move(state, [state.length + row for row in path[moved:]], state.length + moved)
         state.tokens.extend(tokens[row] for row in path)
         state.pending = None
+        state.has_run = True
+
+    def scrub(self, slot: int) -> None:
+        """Zero the columns behind the committed context; see `dspark.cache.Cache.scrub`."""
+        state = self._slots[slot]
+        for piece in state.pieces:
+            start = max(0, state.length - piece.start)
+            for keys, values in zip(piece.segment.keys, piece.segment.values, strict=True):
+                keys[:, :, start : piece.columns] = 0
+                values[:, :, start : piece.columns, : keys.shape[3]] = 0
 
     def length(self, slot: int) -> int:
         """Committed tokens of the slot."""
@@ -202,7 +214,7 @@ class StoreCache:
         """Close the slot; its whole pages stay for sharing until memory is wanted."""
         state = self._slots.pop(slot)
         state.pending = None
-        if state.length:
+        if state.has_run:  # else it holds nothing that its donor does not
             self._kept[slot] = state
             while len(self._kept) > _KEPT_SLOTS:
                 self._drop_oldest()
@@ -323,6 +335,18 @@ class StoreCache:
                     hint="shorten the prompt, lower max_tokens or raise the memory limit",
                 )
         columns = pages * PAGE_TOKENS
+        try:
+            segment = self._new_segment(pages, columns)
+        except (RuntimeError, MemoryError) as exc:  # how torch says that memory is out
+            raise CacheFullError(
+                f"{pages} pages of {PAGE_TOKENS} tokens for the K/V cache "
+                f"({pages * self.page_bytes() / 2**20:.0f} MiB) cannot be allocated.",
+                hint="shorten the prompt, lower max_tokens or the tree budget",
+            ) from exc
+        self._pages += pages
+        return segment
+
+    def _new_segment(self, pages: int, columns: int) -> Segment:
         keys, values = [], []
         for (heads, dim), members in self._groups:
             shape = (len(members), heads, columns, dim)
@@ -333,7 +357,6 @@ class StoreCache:
             )
             value[..., dim:] = 1
             values.append(value)
-        self._pages += pages
         return Segment(pages, keys, values)
 
     def _best_donor(self, tokens: Sequence[int]) -> tuple[SlotState | None, int]:
