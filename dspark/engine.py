@@ -10,13 +10,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 from pathlib import Path
 
 from dspark.active import ActiveRequest, Phase
 from dspark.draft.base import Drafter
 from dspark.draft.none import NoDrafter
-from dspark.errors import CapabilityError, ConfigError, DataError, DsparkError
+from dspark.errors import ConfigError, DataError, DsparkError
+from dspark.intake import Intake
 from dspark.output import OutputText, TextPiece
 from dspark.payoff import PayoffSwitch
 from dspark.request import (
@@ -31,9 +31,6 @@ from dspark.text import TextCodec
 from dspark.verify.noise import NoiseKey
 
 __all__ = ["Engine", "EngineConfig", "StreamChunk"]
-
-_EAGER_TOKENS = 512
-"""Output tokens for which a request's K/V are reserved at admission; longer ones grow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +109,13 @@ class Engine:
         self._defaults = dict(sampling_defaults or {})
         self._cache = target.new_cache(memory_limit=self._config.memory_limit)
         self._runner = RoundRunner(target, self._cache, self._drafter, self._config.limits)
+        self._intake = Intake(
+            target,
+            codec,
+            self._cache,
+            memory_limit=self._config.memory_limit,
+            tree_budget=self._config.limits.tree_budget,
+        )
         self._waiting: deque[ActiveRequest] = deque()
         self._active: list[ActiveRequest] = []
         self._next_id = 0
@@ -318,9 +322,9 @@ class Engine:
         rule = Rule.GREEDY
         try:
             rule = own.resolved_rule
-            tokens = self._encode(prompt)
-            bad_words = self._bad_words(own)
-            self._check(tokens, own, rule)
+            tokens = self._intake.encode(prompt)
+            bad_words = self._intake.bad_words(own)
+            self._intake.check(tokens, own, rule)
         except DsparkError as exc:
             error = exc
         requests: list[ActiveRequest] = []
@@ -374,101 +378,6 @@ class Engine:
             )
         return list(params)
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            if not prompt:
-                raise DataError("the prompt is empty.", hint="give at least one character")
-            tokens = self._needs_codec().encode(prompt)
-        else:
-            tokens = self._encode_items(prompt)
-        vocab = self._target.info.vocab_size
-        bad = next((token for token in tokens if not 0 <= token < vocab), None)
-        if bad is not None:
-            raise DataError(f"token id {bad} is outside the vocabulary, 0 to {vocab - 1}.")
-        return tokens
-
-    def _encode_items(self, prompt: object) -> list[int]:
-        """Encode a prompt that is a list of token ids or of chat messages."""
-        try:
-            items = list(prompt)  # type: ignore[call-overload]
-        except TypeError as exc:
-            raise DataError(
-                f"a prompt is of type {type(prompt).__name__}, but must be a string, a list of "
-                "token ids or a list of chat messages."
-            ) from exc
-        if not items:
-            raise DataError("the prompt is empty.", hint="give at least one token")
-        if all(isinstance(item, Mapping) for item in items):
-            return self._needs_codec().encode_chat(items)
-        bad = next((i for i in items if isinstance(i, bool) or not isinstance(i, Integral)), None)
-        if bad is not None:
-            raise DataError(
-                f"a prompt holds {bad!r}, but its items must be all token ids or all chat messages."
-            )
-        return [int(item) for item in items]
-
-    def _needs_codec(self) -> TextCodec:
-        if self._codec is None:
-            raise CapabilityError(
-                f"{self._target.info.name} has no tokenizer, so prompts must be token ids."
-            )
-        return self._codec
-
-    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
-        if not params.bad_words:
-            return ()
-        codec = self._needs_codec()
-        found: dict[tuple[int, ...], None] = {}
-        for word in params.bad_words:
-            for text in (word, " " + word):
-                ids = tuple(codec.encode_plain(text))
-                if ids:
-                    found[ids] = None
-        return tuple(found)
-
-    def _check(self, tokens: Sequence[int], params: SamplingParams, rule: Rule) -> None:
-        info = self._target.info
-        if not tokens:
-            raise DataError("the prompt is empty.", hint="give at least one token")
-        if len(tokens) >= info.max_positions:
-            raise DataError(
-                f"the prompt has {len(tokens)} tokens, but {info.name} takes "
-                f"{info.max_positions - 1} and needs room for an answer.",
-                hint="shorten the prompt",
-            )
-        if params.stop:
-            self._needs_codec()
-        if rule is Rule.BLOCK and params.width not in (None, 1):
-            raise ConfigError(
-                f"rule is 'block' with width {params.width}, but block verification is for chains.",
-                hint="use --width 1, or --rule rejection",
-            )
-        most = self._target.exactness.max_nodes
-        if most is not None and params.tree_budget is not None and params.tree_budget > most:
-            raise ConfigError(
-                f"tree_budget is {params.tree_budget}, but exact mode verifies at most {most} "
-                "nodes per request.",
-                hint="lower the tree budget, or use --no-exact",
-            )
-        limit, rows = self._config.memory_limit, self._rows_needed(len(tokens), params)
-        pages = -(-rows // self._cache.usage().page_tokens)
-        if limit is not None and pages * self._cache.page_bytes() > limit:
-            raise CapabilityError(
-                f"this request needs {pages * self._cache.page_bytes() / 2**20:.0f} MiB of K/V "
-                f"cache, but the limit is {limit / 2**20:.0f} MiB.",
-                hint="shorten the prompt, lower max_tokens or raise the memory limit",
-            )
-
-    def _rows_needed(self, prompt: int, params: SamplingParams) -> int:
-        """Rows of cache that a request may come to hold."""
-        nodes = params.tree_budget
-        nodes = self._config.limits.tree_budget if nodes is None else nodes
-        longest = self._target.info.max_positions
-        output = params.max_tokens
-        if self._config.memory_limit is None:
-            output = min(output, _EAGER_TOKENS)
-        return min(prompt + output, longest) + nodes + 1
-
     def _admit(self) -> None:
         blocked: list[ActiveRequest] = []
         while self._waiting and len(self._active) < self._config.max_batch:
@@ -486,7 +395,7 @@ class Engine:
         """Give a request its slot; False if the cache has no room for it yet."""
         # Features of shared tokens would be missing for drafters that read them.
         tokens = [] if self._drafter.capture else request.prompt
-        rows = self._rows_needed(len(request.prompt), request.params)
+        rows = self._intake.rows_needed(len(request.prompt), request.params)
         slot, shared = self._cache.open(tokens)
         try:
             self._cache.reserve(slot, rows - shared)

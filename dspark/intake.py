@@ -1,0 +1,153 @@
+"""What an engine takes in: prompts become token ids, requests that can never run are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+
+from dspark.cache import Cache
+from dspark.errors import CapabilityError, ConfigError, DataError
+from dspark.request import Prompt, Rule, SamplingParams
+from dspark.target import Target
+from dspark.text import TextCodec
+
+__all__ = ["Intake"]
+
+_EAGER_TOKENS = 512
+"""Output tokens for which a request's K/V are reserved at admission; longer ones grow."""
+
+
+class Intake:
+    """Encodes and checks requests before they are queued.
+
+    Args:
+        target: The target.
+        codec: Its text codec, or None.
+        cache: The cache that requests will use.
+        memory_limit: Bytes of that cache, or None.
+        tree_budget: Nodes per round where a request does not say.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        codec: TextCodec | None,
+        cache: Cache,
+        *,
+        memory_limit: int | None,
+        tree_budget: int,
+    ) -> None:
+        self._target = target
+        self._codec = codec
+        self._cache = cache
+        self._memory_limit = memory_limit
+        self._tree_budget = tree_budget
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Turn a prompt into token ids.
+
+        Raises:
+            DataError: If it is empty, of the wrong kind or outside the vocabulary.
+            CapabilityError: If it needs a tokenizer or chat template that is not there.
+        """
+        if isinstance(prompt, str):
+            if not prompt:
+                raise DataError("the prompt is empty.", hint="give at least one character")
+            tokens = self._needs_codec().encode(prompt)
+        else:
+            tokens = self._encode_items(prompt)
+        vocab = self._target.info.vocab_size
+        bad = next((token for token in tokens if not 0 <= token < vocab), None)
+        if bad is not None:
+            raise DataError(f"token id {bad} is outside the vocabulary, 0 to {vocab - 1}.")
+        return tokens
+
+    def _encode_items(self, prompt: object) -> list[int]:
+        """Encode a prompt that is a list of token ids or of chat messages."""
+        try:
+            items = list(prompt)  # type: ignore[call-overload]
+        except TypeError as exc:
+            raise DataError(
+                f"a prompt is of type {type(prompt).__name__}, but must be a string, a list of "
+                "token ids or a list of chat messages."
+            ) from exc
+        if not items:
+            raise DataError("the prompt is empty.", hint="give at least one token")
+        if all(isinstance(item, Mapping) for item in items):
+            return self._needs_codec().encode_chat(items)
+        bad = next((i for i in items if isinstance(i, bool) or not isinstance(i, Integral)), None)
+        if bad is not None:
+            raise DataError(
+                f"a prompt holds {bad!r}, but its items must be all token ids or all chat messages."
+            )
+        return [int(item) for item in items]
+
+    def _needs_codec(self) -> TextCodec:
+        if self._codec is None:
+            raise CapabilityError(
+                f"{self._target.info.name} has no tokenizer, so prompts must be token ids."
+            )
+        return self._codec
+
+    def bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """Token sequences of the bad words, each with and without a leading space."""
+        if not params.bad_words:
+            return ()
+        codec = self._needs_codec()
+        found: dict[tuple[int, ...], None] = {}
+        for word in params.bad_words:
+            for text in (word, " " + word):
+                ids = tuple(codec.encode_plain(text))
+                if ids:
+                    found[ids] = None
+        return tuple(found)
+
+    def check(self, tokens: Sequence[int], params: SamplingParams, rule: Rule) -> None:
+        """Refuse a request that can never run.
+
+        Raises:
+            DataError: If the prompt is empty or too long.
+            ConfigError: If parameters contradict each other or the target's mode.
+            CapabilityError: If the cache could never hold it.
+        """
+        info = self._target.info
+        if not tokens:
+            raise DataError("the prompt is empty.", hint="give at least one token")
+        if len(tokens) >= info.max_positions:
+            raise DataError(
+                f"the prompt has {len(tokens)} tokens, but {info.name} takes "
+                f"{info.max_positions - 1} and needs room for an answer.",
+                hint="shorten the prompt",
+            )
+        if params.stop:
+            self._needs_codec()
+        if rule is Rule.BLOCK and params.width not in (None, 1):
+            raise ConfigError(
+                f"rule is 'block' with width {params.width}, but block verification is for chains.",
+                hint="use --width 1, or --rule rejection",
+            )
+        most = self._target.exactness.max_nodes
+        if most is not None and params.tree_budget is not None and params.tree_budget > most:
+            raise ConfigError(
+                f"tree_budget is {params.tree_budget}, but exact mode verifies at most {most} "
+                "nodes per request.",
+                hint="lower the tree budget, or use --no-exact",
+            )
+        limit, rows = self._memory_limit, self.rows_needed(len(tokens), params)
+        pages = -(-rows // self._cache.usage().page_tokens)
+        if limit is not None and pages * self._cache.page_bytes() > limit:
+            raise CapabilityError(
+                f"this request needs {pages * self._cache.page_bytes() / 2**20:.0f} MiB of K/V "
+                f"cache, but the limit is {limit / 2**20:.0f} MiB.",
+                hint="shorten the prompt, lower max_tokens or raise the memory limit",
+            )
+
+    def rows_needed(self, prompt: int, params: SamplingParams) -> int:
+        """Rows of cache that a request may come to hold."""
+        nodes = params.tree_budget
+        nodes = self._tree_budget if nodes is None else nodes
+        longest = self._target.info.max_positions
+        output = params.max_tokens
+        if self._memory_limit is None:
+            output = min(output, _EAGER_TOKENS)
+        return min(prompt + output, longest) + nodes + 1
