@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from dspark import exactness
 from dspark.adapters.hf import attention, exact, linear
 from dspark.adapters.hf.load import adapter_for, wrap_model
 from dspark.adapters.hf.target import HFTarget
@@ -120,7 +121,7 @@ def test_the_check_passes_on_the_real_code() -> None:
     for family in ("llama", "gemma3", "qwen3_moe"):
         target = random_target(family, exact=True)
         assert exact.find_query_rows(target) is not None
-        assert exact.check_trees(target)
+        assert exactness.check_trees(target)
 
 
 def test_a_tree_summed_in_one_go_across_a_page_boundary_is_caught(
@@ -143,14 +144,14 @@ def test_a_tree_that_sees_a_sibling_is_caught(monkeypatch: pytest.MonkeyPatch) -
         return span
 
     monkeypatch.setattr(attention, "_plan_span", careless)
-    assert not exact.check_trees(target)
+    assert not exactness.check_trees(target)
 
 
 def test_fast_attention_is_not_exact() -> None:
     """If it were, the exact form would be needless."""
     target = fresh_target()
     target.switch_exact(False)
-    assert not exact.check_trees(target)
+    assert not exactness.check_trees(target)
 
 
 # -- decisions -------------------------------------------------------------------------------------
@@ -158,7 +159,7 @@ def test_fast_attention_is_not_exact() -> None:
 
 def report(**changes: object) -> object:
     facts = {"wanted": None, "holds": True, "min_rows": 1, "backend": "mkl", "cost": 0.02}
-    return exact.report(**{**facts, **changes})
+    return exactness.report(**{**facts, **changes})
 
 
 def test_exact_mode_is_the_default_where_it_is_cheap() -> None:
@@ -171,15 +172,15 @@ def test_exact_mode_is_the_default_where_it_is_cheap() -> None:
 
 
 def test_asking_for_exact_mode_where_it_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exact, "check_trees", lambda target: False)
+    monkeypatch.setattr(exactness, "check_trees", lambda target: False)
     with pytest.raises(CapabilityError, match="exact mode does not hold"):
         fresh_target()
 
 
 def test_a_finding_is_kept_and_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    check = exact.check_trees
-    monkeypatch.setattr(exact, "check_trees", lambda target: calls.append(1) or check(target))
+    check = exactness.check_trees
+    monkeypatch.setattr(exactness, "check_trees", lambda target: calls.append(1) or check(target))
     adapter = adapter_for("llama")
     options = LoadOptions(name="kept", probe_folder=tmp_path)
     first = wrap_model(random_model("llama"), adapter, options, fingerprint="a").exactness

@@ -189,14 +189,14 @@ def test_the_default_model_chats() -> None:
 def test_the_probe_of_exact_mode_is_kept_and_used_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dspark.adapters.hf import exact
+    from dspark import exactness
 
     options = LoadOptions(name="m", dtype="float32", exact=True, probe_folder=tmp_path / "probes")
     first = load_target(fetched("smollm2-135m"), options).target.exactness
     (record,) = (tmp_path / "probes").iterdir()
     assert json.loads(record.read_text())["holds"]
     assert first.enabled
-    monkeypatch.setattr(exact, "check_trees", lambda *_: pytest.fail("probed again"))
+    monkeypatch.setattr(exactness, "check_trees", lambda *_: pytest.fail("probed again"))
     again = load_target(fetched("smollm2-135m"), options).target.exactness
     assert again == first
     assert list((tmp_path / "probes").iterdir()) == [record]

@@ -19,10 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from dspark.devices import has_native_bfloat16
 
 __all__ = [
     "KERNELS",
@@ -85,15 +86,6 @@ KERNELS: dict[str, Callable[[Tensor, Tensor | None], Product]] = {
 }
 """Known kernels. The order of preference is fixed, not measured at load, so that the same machine
 always computes the same bits."""
-
-
-def has_native_bfloat16() -> bool:
-    """True if this CPU multiplies bfloat16 in hardware (AVX512-BF16, AMX, Arm BF16)."""
-    try:
-        words = Path("/proc/cpuinfo").read_text().split()
-    except OSError:
-        return False
-    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(words))
 
 
 def _preferred(dtype: torch.dtype) -> list[str]:

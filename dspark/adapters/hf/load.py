@@ -16,26 +16,30 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import logging as hf_logging
 
+from dspark import exactness
 from dspark.adapters.base import FamilyAdapter
 from dspark.adapters.hf import exact, experts
-from dspark.adapters.hf.attention import ATTENTION_NAME, attention_forward, no_mask
+from dspark.adapters.hf.attention import (
+    ATTENTION_NAME,
+    MAX_EXACT_NODES,
+    attention_forward,
+    no_mask,
+)
 from dspark.adapters.hf.linear import (
     RowWindow,
     available_kernels,
     find_windows,
-    has_native_bfloat16,
     linear_shapes,
 )
 from dspark.adapters.hf.target import HFTarget
-from dspark.errors import CapabilityError, CheckpointError, ConfigError
+from dspark.devices import pick_device, pick_dtype
+from dspark.errors import CapabilityError, CheckpointError
 from dspark.registry import LoadedTarget, LoadOptions
 from dspark.text import load_codec
 
 __all__ = ["LOADER", "TransformersLoader", "wrap_model"]
 
 logger = logging.getLogger(__name__)
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -73,8 +77,8 @@ class TransformersLoader:
             raise CheckpointError(f"the config in {folder} cannot be used: {exc}") from exc
         adapter = adapter_for(config.model_type)
         _refuse(config, adapter, options.name)
-        device = _device(options.device)
-        dtype = _dtype(options.dtype, device)
+        device = pick_device(options.device)
+        dtype = pick_dtype(options.dtype, device)
         model = _load_weights(folder, config, adapter, dtype, device)
         codec = load_codec(folder)
         generation = _generation_config(folder)
@@ -123,11 +127,11 @@ def wrap_model(
     dtype, device = parameter.dtype, parameter.device
     shapes = sorted({*linear_shapes(model), *experts.expert_shapes(model)})
     kernels = available_kernels(dtype, device)
-    key = exact.probe_key(
+    key = exactness.probe_key(
         model.config.to_dict(), str(dtype), str(device), f"{fingerprint} {kernels}"
     )
     folder = options.probe_folder
-    record = exact.read_probe(folder, key) if folder is not None else None
+    record = exactness.read_probe(folder, key) if folder is not None else None
     windows, kernel = None, kernels[0]
     if record is not None and options.exact is not False:
         kernel = record["kernel"]
@@ -170,8 +174,8 @@ def _decide(
             rows = exact.find_query_rows(target)
             if rows is not None:
                 target.query_rows = rows
-                holds = exact.check_trees(target)
-            cost = exact.measure_cost(target) if holds else None
+                holds = exactness.check_trees(target)
+            cost = exactness.measure_cost(target) if holds else None
             record = {
                 "kernel": target.kernel,
                 "windows": {_shape_name(s): [w.least, w.most] for s, w in windows.items()},
@@ -180,7 +184,7 @@ def _decide(
                 "cost": cost,
             }
             if folder is not None:
-                exact.write_probe(folder, key, record)
+                exactness.write_probe(folder, key, record)
         target.query_rows = int(record["query_rows"])
         holds, cost = bool(record["holds"]), record["cost"]
     if options.exact and not holds:
@@ -190,12 +194,13 @@ def _decide(
             hint="leave out --exact, or try another --dtype",
         )
     target.set_exactness(
-        exact.report(
+        exactness.report(
             wanted=options.exact,
             holds=holds,
             min_rows=target.min_rows,
             backend=target.kernel,
             cost=cost,
+            max_nodes=MAX_EXACT_NODES,
         )
     )
 
@@ -240,33 +245,6 @@ def _refuse(config: Any, adapter: FamilyAdapter, name: str) -> None:
         reason = "its rotary embedding depends on the longest request of a batch"
     if reason is not None:
         raise CapabilityError(f"{name} cannot be tree-verified: {reason}.")
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as exc:
-        raise ConfigError(
-            f"device {name!r} cannot be used here: {str(exc).splitlines()[0]}",
-            hint="use cpu, or auto",
-        ) from exc
-    return device
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    """Resolve a dtype name; "auto" is bfloat16 where it is computed natively, else float32."""
-    if name != "auto":
-        if name not in _DTYPES:
-            raise ConfigError(f"dtype is {name!r}, but must be auto or {', '.join(_DTYPES)}.")
-        return _DTYPES[name]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    if device.type == "cpu" and not has_native_bfloat16():
-        return torch.float32
-    return torch.bfloat16
 
 
 def _model_type(folder: Path) -> str:
