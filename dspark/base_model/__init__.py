@@ -1,0 +1,1 @@
+"""The DeepSeek-V4 target: model, caches, checkpoint formats, chat encoding, cost model."""
