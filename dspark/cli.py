@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from dspark._version import __version__
-from dspark.commands import chat, generate, models
+from dspark.commands import chat, convert, generate, models, plan
 from dspark.commands.console import print_error, stderr_console
 from dspark.errors import DataError, DsparkError
 
@@ -54,6 +54,8 @@ app = typer.Typer(
 )
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("convert")(convert.convert)
+app.command("plan")(plan.plan)
 app.add_typer(models.app, name="models")
 
 

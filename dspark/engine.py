@@ -121,7 +121,7 @@ class Engine:
         self._next_id = 0
 
     @staticmethod
-    def load(
+    def load(  # noqa: PLR0913 - one keyword per option of the command line
         target: str | Path = "smollm2-135m",
         draft: str | Path | None = "auto",
         *,
@@ -129,18 +129,27 @@ class Engine:
         device: str = "auto",
         exact: bool | None = None,
         threads: int | None = None,
+        expert_memory: int | str | None = None,
+        think: bool | None = None,
+        effort: str | None = None,
         config: EngineConfig | None = None,
     ) -> Engine:
         """Load a target and a draft and make an engine of them.
 
         Args:
-            target: Alias, folder, .gguf file or hub id.
+            target: Alias, folder, .gguf file or hub id; "hf:" before it runs the model as
+                transformers does, for plain decoding only.
             draft: "auto", "none", "lookup", "lookup:FILE", a model like `target`, or one of these
                 with "+lookup".
             dtype: "auto", "float32", "bfloat16" or "float16".
-            device: "auto" or a torch device.
+            device: "auto" or a torch device; for DeepSeek-V4 also several, with commas between,
+                which its layers are split over.
             exact: Exact mode: True, False, or None to let the probe at load decide.
             threads: CPU threads, None for torch's own choice.
+            expert_memory: Bytes ("32GiB") of routed experts to keep in memory, the others being
+                read from disk as they are wanted (DeepSeek-V4); None keeps all.
+            think: Have the model think before it answers, or not; None leaves it to the model.
+            effort: How hard: "low", "high" or "max", for models that know it (DeepSeek-V4).
             config: Settings.
 
         Returns:
@@ -160,6 +169,9 @@ class Engine:
             device=device,
             exact=exact,
             threads=threads,
+            expert_memory=expert_memory,
+            think=think,
+            effort=effort,
             config=config,
         )
 

@@ -8,15 +8,17 @@ from pathlib import Path
 
 from dspark.draft.base import Drafter
 from dspark.engine import Engine, EngineConfig
-from dspark.errors import ConfigError, DataError
+from dspark.errors import CapabilityError, ConfigError, DataError
 from dspark.registry import LoadedTarget, LoadOptions, load_target
+from dspark.target import Target
+from dspark.text import TextCodec
 
 __all__ = ["load_engine"]
 
 logger = logging.getLogger(__name__)
 
 
-def load_engine(
+def load_engine(  # noqa: PLR0913 - one keyword per option of Engine.load
     target: str | Path,
     draft: str | Path | None,
     *,
@@ -24,6 +26,9 @@ def load_engine(
     device: str = "auto",
     exact: bool | None = None,
     threads: int | None = None,
+    expert_memory: int | str | None = None,
+    think: bool | None = None,
+    effort: str | None = None,
     config: EngineConfig | None = None,
 ) -> Engine:
     """Load a target and a draft and make an engine of them; see `Engine.load`."""
@@ -41,29 +46,63 @@ def load_engine(
         device=device,
         exact=exact,
         probe_folder=cache_root() / "probes",
+        expert_memory=_bytes(expert_memory),
     )
     loaded = _load_model(str(target), options)
     drafter = build_drafter("none" if draft is None else str(draft), loaded, options)
     return Engine(
         loaded.target,
         drafter=drafter,
-        codec=loaded.codec,
+        codec=_with_reasoning(loaded, think, effort),
         config=config,
         sampling_defaults=loaded.sampling,
     )
 
 
-def _load_model(spec: str, options: LoadOptions) -> LoadedTarget:
-    from dspark.models.resolve import resolve_model
+def _bytes(amount: int | str | None) -> int | None:
+    if not isinstance(amount, str):
+        return amount
+    from dspark.base_model.expert_store import parse_bytes
 
-    return load_target(resolve_model(spec), options)
+    return parse_bytes(amount)
+
+
+def _with_reasoning(
+    loaded: LoadedTarget, think: bool | None, effort: str | None
+) -> TextCodec | None:
+    if think is None and effort is None:
+        return loaded.codec
+    if loaded.codec is None:
+        raise CapabilityError(
+            f"{loaded.target.info.name} has no tokenizer, so it has no thinking mode.",
+            hint="leave out --think, --no-think and --effort",
+        )
+    codec = loaded.codec.with_reasoning(think, effort)
+    codec.check_context(loaded.target.info.max_positions)
+    return codec
+
+
+def _load_model(spec: str, options: LoadOptions) -> LoadedTarget:
+    from dspark.models.resolve import REFERENCE, resolve_model
+
+    is_reference = spec.startswith(REFERENCE)
+    folder = resolve_model(spec.removeprefix(REFERENCE))
+    loaded = load_target(folder, replace(options, is_reference=is_reference))
+    if options.expert_memory is not None and loaded.target.info.family != "deepseek_v4":
+        raise CapabilityError(
+            f"expert memory was given, but {loaded.target.info.name} keeps all its weights in "
+            "memory.",
+            hint="leave out --expert-memory",
+        )
+    return loaded
 
 
 def build_drafter(spec: str, loaded: LoadedTarget, options: LoadOptions) -> Drafter | None:
     """Build a drafter from its name.
 
     Args:
-        spec: "auto", "none", "lookup", "lookup:FILE", a model, or one of these with "+lookup".
+        spec: "auto", "none", "lookup", "lookup:FILE", a model, a draft module's folder or hub id,
+            or two of these with "+" between.
         loaded: The target it is for.
         options: How the target was loaded; a draft model is loaded alike.
 
@@ -73,9 +112,17 @@ def build_drafter(spec: str, loaded: LoadedTarget, options: LoadOptions) -> Draf
     Raises:
         ConfigError: If the draft does not fit the target.
     """
-    if spec == "none":
+    if not loaded.target.info.can_verify_trees and spec not in ("none", "auto"):
+        raise CapabilityError(
+            f"{loaded.target.info.name} can only decode plainly, so it takes no draft.",
+            hint="use --draft none",
+        )
+    if spec == "none" or not loaded.target.info.can_verify_trees:
         return None
     if spec == "auto":
+        own = _own_drafter(loaded.target)
+        if own is not None:
+            return own
         spec = "lookup"
     head, plus, rest = spec.partition("+")
     if plus and not Path(spec).expanduser().exists():  # a folder may have a + in its name
@@ -92,7 +139,14 @@ def build_drafter(spec: str, loaded: LoadedTarget, options: LoadOptions) -> Draf
         from dspark.draft.lookup import LookupDrafter
 
         return LookupDrafter(corpus=_corpus(spec.partition(":")[2], loaded))
-    return _model_drafter(spec, loaded, options)
+    return _draft_from_folder(spec, loaded, options)
+
+
+def _own_drafter(target: Target) -> Drafter | None:
+    """The draft that a target's checkpoint holds itself, None if it holds none."""
+    make = getattr(target, "own_drafter", None)
+    drafter: Drafter | None = make() if make is not None else None
+    return drafter
 
 
 def _corpus(path: str, loaded: LoadedTarget) -> list[list[int]]:
@@ -109,11 +163,22 @@ def _corpus(path: str, loaded: LoadedTarget) -> list[list[int]]:
     return [loaded.codec.encode_plain(text)]
 
 
-def _model_drafter(spec: str, loaded: LoadedTarget, options: LoadOptions) -> Drafter:
+def _draft_from_folder(spec: str, loaded: LoadedTarget, options: LoadOptions) -> Drafter:
+    from dspark.draft.formats.detect import is_draft, load_draft
+    from dspark.draft.formats.fields import read_config
+    from dspark.models.resolve import resolve_model
+
+    folder = resolve_model(spec)
+    if is_draft(read_config(folder)):
+        return load_draft(folder, loaded.target)
+    return _model_drafter(spec, folder, loaded, options)
+
+
+def _model_drafter(spec: str, folder: Path, loaded: LoadedTarget, options: LoadOptions) -> Drafter:
     from dspark.draft.model import ModelDrafter
 
     # A draft never decides about the text, so exact mode would only slow it down.
-    draft = _load_model(spec, replace(options, name=spec, exact=False))
+    draft = load_target(folder, replace(options, name=spec, exact=False))
     mine, theirs = loaded.target.info.vocab_size, draft.target.info.vocab_size
     if mine != theirs:
         raise ConfigError(

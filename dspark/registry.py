@@ -35,6 +35,9 @@ class LoadOptions:
         device: "auto", or a torch device.
         exact: True, False, or None to let the probe decide.
         probe_folder: Where findings of the probe are kept, None not to keep them.
+        expert_memory: Bytes of expert weights to keep in memory, the others being read from disk as
+            they are wanted; None keeps all. Only for targets that can (DeepSeek-V4).
+        is_reference: Run the model as its own library does, for plain decoding only.
     """
 
     name: str
@@ -42,6 +45,8 @@ class LoadOptions:
     device: str = "auto"
     exact: bool | None = None
     probe_folder: Path | None = None
+    expert_memory: int | None = None
+    is_reference: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,16 +85,19 @@ class TargetLoader(Protocol):
         ...
 
 
-def find_loader(config: Mapping[str, Any]) -> TargetLoader:
+def find_loader(config: Mapping[str, Any], *, is_reference: bool = False) -> TargetLoader:
     """Find the loader for a model.
 
     Args:
         config: Its config.json.
+        is_reference: Ask for one that runs the model as its own library does, for plain decoding;
+            such a loader has the attribute `is_reference`.
 
     Raises:
         CheckpointError: If no installed loader handles it.
     """
-    loaders = [point.load() for point in entry_points(group=GROUP)]
+    every = [point.load() for point in entry_points(group=GROUP)]
+    loaders = [item for item in every if getattr(item, "is_reference", False) is is_reference]
     for loader in sorted(loaders, key=lambda item: -int(item.priority)):
         if loader.handles(config):
             found: TargetLoader = loader
@@ -119,4 +127,4 @@ def load_target(folder: Path, options: LoadOptions) -> LoadedTarget:
         raise CheckpointError(f"{path} cannot be read as JSON: {exc}") from exc
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} does not hold a JSON object.")
-    return find_loader(config).load(folder, options)
+    return find_loader(config, is_reference=options.is_reference).load(folder, options)

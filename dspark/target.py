@@ -25,6 +25,7 @@ __all__ = [
     "BatchPart",
     "ExactnessReport",
     "RowSpan",
+    "SharesHead",
     "Target",
     "TargetInfo",
     "TargetOutput",
@@ -254,5 +255,32 @@ class Target(Protocol):
 
         Returns:
             Logits of `batch.output_rows`, and the captured hidden states.
+        """
+        ...
+
+
+@runtime_checkable
+class SharesHead(Protocol):
+    """A target whose embedding and output head a draft may use."""
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Embed tokens as the target's first layer gets them, Gemma's scale included.
+
+        Args:
+            token_ids: int64 [n].
+
+        Returns:
+            [n, D], in the model's dtype.
+        """
+        ...
+
+    def unembed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of hidden states that have passed a final norm (the draft's own).
+
+        Args:
+            hidden: [n, D].
+
+        Returns:
+            [n, V]: the output head and the final soft-cap, but not the target's final norm.
         """
         ...

@@ -27,6 +27,7 @@ class TextCodec:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._template_options: dict[str, Any] = {}
 
     @property
     def tokenizer(self) -> Any:
@@ -80,10 +81,35 @@ class TextCodec:
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=False,
+                **self._template_options,
             )
         except (jinja2.TemplateError, KeyError, TypeError, ValueError) as exc:
             raise DataError(f"the chat template refuses these messages: {exc}") from exc
         return [int(i) for i in ids]
+
+    def with_reasoning(self, think: bool | None, effort: str | None) -> TextCodec:
+        """A codec whose chat prompts ask the model to think, or not.
+
+        Args:
+            think: Think before the answer; None leaves it to the model.
+            effort: How hard, for models that know it.
+
+        Raises:
+            CapabilityError: If the model's template has no such switch.
+        """
+        template = str(getattr(self._tokenizer, "chat_template", None) or "")
+        if effort is not None or "enable_thinking" not in template:
+            what = "--effort" if effort is not None else "--think or --no-think"
+            raise CapabilityError(
+                f"{what} was given, but the model's chat template has no such switch.",
+                hint=f"leave out {what}",
+            )
+        codec = TextCodec(self._tokenizer)
+        codec._template_options = {"enable_thinking": think}
+        return codec
+
+    def check_context(self, max_positions: int) -> None:
+        """Warn where a setting wants a longer context than the model has; nothing does here."""
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """Decode tokens; special tokens are left out."""
@@ -159,11 +185,13 @@ def _check_unicode(text: str) -> None:
         raise DataError("the prompt is not valid Unicode text.") from exc
 
 
-def load_codec(folder: Path) -> TextCodec | None:
+def load_codec(folder: Path, *, tokenizer_class: str = "AutoTokenizer") -> TextCodec | None:
     """Load the tokenizer of a model folder.
 
     Args:
         folder: A folder in Hugging Face layout.
+        tokenizer_class: The transformers class that reads it; any but AutoTokenizer reads the
+            tokenizer's files alone and does not look at the model's config.
 
     Returns:
         The codec, or None if the folder has no tokenizer.
@@ -174,10 +202,10 @@ def load_codec(folder: Path) -> TextCodec | None:
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
     if not any((folder / name).is_file() for name in names):
         return None
-    from transformers import AutoTokenizer
+    import transformers
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = getattr(transformers, tokenizer_class).from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
         return TextCodec(tokenizer)

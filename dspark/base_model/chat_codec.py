@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from dspark.base_model.chat import (
 )
 from dspark.base_model.chat_parse import Completion, parse_completion
 from dspark.base_model.chat_prose import ChatProse, Effort, read_prose
-from dspark.errors import CheckpointError, DataError
+from dspark.errors import CheckpointError, ConfigError, DataError
 from dspark.request import Message
 from dspark.text import TextCodec, load_codec
 
@@ -72,6 +73,23 @@ class V4Codec(TextCodec):
     def with_settings(self, settings: ChatSettings) -> V4Codec:
         """The same codec with other settings."""
         return V4Codec(self._tokenizer, settings, self._prose)
+
+    def with_reasoning(self, think: bool | None, effort: str | None) -> V4Codec:
+        """A codec that asks for thinking, or not; see `TextCodec.with_reasoning`.
+
+        Raises:
+            ConfigError: If there is no such effort, or one is given without thinking.
+        """
+        if think is False and effort is not None:
+            raise ConfigError(f"effort {effort} was given, but thinking is off.")
+        try:
+            wanted = None if effort is None else Effort(effort)
+        except ValueError as exc:
+            names = ", ".join(known.value for known in Effort)
+            raise ConfigError(f"effort is {effort!r}, but must be one of {names}.") from exc
+        is_thinking = bool(think) or effort is not None
+        mode = ReasoningMode.THINKING if is_thinking else ReasoningMode.CHAT
+        return self.with_settings(replace(self._settings, mode=mode, effort=wanted))
 
     def chat_text(self, messages: Sequence[Message]) -> str:
         """Encode chat messages as text, ready for the assistant's answer.
@@ -180,7 +198,7 @@ def load_v4_codec(folder: Path, settings: ChatSettings | None = None) -> V4Codec
     Raises:
         CheckpointError: If the tokenizer or the encoder file cannot be read.
     """
-    codec = load_codec(folder)
+    codec = load_codec(folder, tokenizer_class="PreTrainedTokenizerFast")
     if codec is None:
         return None
     return V4Codec(codec.tokenizer, settings, read_prose(folder))

@@ -16,8 +16,11 @@ from dspark.commands.console import (
     DeviceOption,
     DraftOption,
     DtypeOption,
+    EffortOption,
     ExactOption,
+    ExpertMemoryOption,
     TargetOption,
+    ThinkOption,
     ThreadsOption,
 )
 from dspark.commands.generate import with_model_defaults
@@ -49,6 +52,9 @@ def chat(  # noqa: PLR0913 - one parameter per option is how Typer works
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     exact: ExactOption = None,
+    expert_memory: ExpertMemoryOption = None,
+    think: ThinkOption = None,
+    effort: EffortOption = None,
     show_accepted: Annotated[
         bool, typer.Option("--show-accepted", help="Tint accepted draft tokens.")
     ] = False,
@@ -66,6 +72,9 @@ def chat(  # noqa: PLR0913 - one parameter per option is how Typer works
         device=device,
         threads=threads,
         exact=exact,
+        expert_memory=expert_memory,
+        think=think,
+        effort=effort,
     )
     if engine.codec is None or not engine.codec.has_chat_template:
         raise CapabilityError(

@@ -21,8 +21,11 @@ __all__ = [
     "DeviceOption",
     "DraftOption",
     "DtypeOption",
+    "EffortOption",
     "ExactOption",
+    "ExpertMemoryOption",
     "TargetOption",
+    "ThinkOption",
     "ThreadsOption",
     "loading",
     "print_error",
@@ -45,6 +48,23 @@ DtypeOption: TypeAlias = Annotated[
     str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")
 ]
 DeviceOption: TypeAlias = Annotated[str, typer.Option("--device", help="auto, cpu, cuda ...")]
+ExpertMemoryOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--expert-memory",
+        help="Memory for routed experts, such as 32GiB; the others are read from disk as they "
+        "are wanted (DeepSeek-V4).",
+    ),
+]
+ThinkOption: TypeAlias = Annotated[
+    bool | None,
+    typer.Option(
+        "--think/--no-think", help="Think before answering (default: the model's choice)."
+    ),
+]
+EffortOption: TypeAlias = Annotated[
+    str | None, typer.Option("--effort", help="How hard to think: low, high or max (DeepSeek-V4).")
+]
 ThreadsOption: TypeAlias = Annotated[
     int | None, typer.Option("--threads", min=1, help="CPU threads.")
 ]
@@ -93,7 +113,7 @@ def loading(console: Console, text: str) -> Iterator[None]:
         yield
 
 
-def load_engine(
+def load_engine(  # noqa: PLR0913 - the options that commands share
     console: Console,
     *,
     target: str,
@@ -102,6 +122,9 @@ def load_engine(
     device: str,
     threads: int | None,
     exact: bool | None,
+    expert_memory: str | None = None,
+    think: bool | None = None,
+    effort: str | None = None,
     auto_off: bool = True,
 ) -> Engine:
     """Fetch (with a progress bar of its own), then load with a spinner."""
@@ -118,6 +141,9 @@ def load_engine(
             device=device,
             threads=threads,
             exact=exact,
+            expert_memory=expert_memory,
+            think=think,
+            effort=effort,
             config=EngineConfig(auto_off=auto_off),
         )
 

@@ -14,8 +14,11 @@ from dspark.commands.console import (
     DeviceOption,
     DraftOption,
     DtypeOption,
+    EffortOption,
     ExactOption,
+    ExpertMemoryOption,
     TargetOption,
+    ThinkOption,
     ThreadsOption,
 )
 from dspark.errors import ConfigError
@@ -70,6 +73,9 @@ def generate(  # noqa: PLR0913 - one parameter per option is how Typer works
     system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
     exact: ExactOption = None,
+    expert_memory: ExpertMemoryOption = None,
+    think: ThinkOption = None,
+    effort: EffortOption = None,
     auto_off: Annotated[
         bool, typer.Option("--auto-off/--no-auto-off", help="Stop drafting while it loses.")
     ] = True,
@@ -118,6 +124,9 @@ def generate(  # noqa: PLR0913 - one parameter per option is how Typer works
         device=device,
         threads=threads,
         exact=exact,
+        expert_memory=expert_memory,
+        think=think,
+        effort=effort,
         auto_off=auto_off,
     )
     given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}

@@ -13,9 +13,10 @@ from dspark.models.fetch import FORMAT, Downloader, alias_folder, fetch_alias, h
 from dspark.models.progress import SILENT, ProgressSink, open_progress
 from dspark.models.store import install_model, is_complete
 
-__all__ = ["ModelListing", "find_cached", "list_models", "resolve_model"]
+__all__ = ["REFERENCE", "ModelListing", "find_cached", "list_models", "resolve_model"]
 
-_RESERVED = "hf:"
+REFERENCE = "hf:"
+"""Before a model's name: run it as transformers does (dspark.loading takes it off)."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 
@@ -97,14 +98,9 @@ def resolve_model(
         CheckpointError: If it cannot be found, fetched or trusted.
         CapabilityError: If a GGUF file is of an architecture that is not supported.
     """
-    name = str(spec).strip()
+    name = str(spec).strip().removeprefix(REFERENCE)
     if not name:
         raise CheckpointError("the name of the model is empty.", hint="run: dspark models")
-    if name.startswith(_RESERVED):
-        raise CheckpointError(
-            f"the prefix {_RESERVED!r} of {name!r} is reserved.",
-            hint=f"name the hub id without it: {name.removeprefix(_RESERVED) or 'org/name'}",
-        )
     if name in ALIASES:
         with open_progress(progress) as sink:
             folder = fetch_alias(ALIASES[name], cache=cache, progress=sink, download=download)

@@ -68,18 +68,17 @@ class TransformersLoader:
             CapabilityError: If the family is unknown or cannot be tree-verified.
         """
         try:
-            config = AutoConfig.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
-        except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as exc:
-            kind = _model_type(folder)
-            adapter_for(kind)  # an unknown family gets its own, clearer refusal
-            raise CheckpointError(f"the config in {folder} cannot be used: {exc}") from exc
+            config = _config(folder)
+        except CheckpointError:
+            adapter_for(_model_type(folder))  # an unknown family gets its own, clearer refusal
+            raise
         adapter = adapter_for(config.model_type)
         _refuse(config, adapter, options.name)
         device = pick_device(options.device)
         dtype = pick_dtype(options.dtype, device)
-        model = _load_weights(folder, config, adapter, dtype, device)
+        for name, value in adapter.config_overrides.items():
+            setattr(config, name, value)
+        model = _load_weights(folder, config, dtype, device, attention=ATTENTION_NAME)
         codec = load_codec(folder)
         generation = _generation_config(folder)
         target = wrap_model(
@@ -252,11 +251,34 @@ def _model_type(folder: Path) -> str:
     return str(config.get("model_type"))
 
 
+def load_stock_model(
+    folder: Path, dtype: torch.dtype, device: torch.device
+) -> tuple[Any, tuple[int, ...]]:
+    """A model as transformers itself runs it, and the tokens that end its texts.
+
+    Raises:
+        CheckpointError: If transformers cannot read it.
+    """
+    config = _config(folder)
+    model = _load_weights(folder, config, dtype, device, attention=None)
+    return model, _eos_ids(config, _generation_config(folder), ())
+
+
+def _config(folder: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as exc:
+        raise CheckpointError(f"the config in {folder} cannot be used: {exc}") from exc
+
+
 def _load_weights(
-    folder: Path, config: Any, adapter: FamilyAdapter, dtype: torch.dtype, device: torch.device
+    folder: Path,
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    attention: str | None,
 ) -> Any:
-    for name, value in adapter.config_overrides.items():
-        setattr(config, name, value)
     level = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
@@ -265,7 +287,7 @@ def _load_weights(
             folder,
             config=config,
             dtype=dtype,
-            attn_implementation=ATTENTION_NAME,
+            attn_implementation=attention,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,

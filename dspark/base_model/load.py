@@ -1,0 +1,130 @@
+"""Load a V4 checkpoint as a Target: weights mapped or paged, dtype, devices, exact mode, codec."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dspark import exactness
+from dspark.base_model.chat_codec import load_v4_codec
+from dspark.base_model.checkpoint import Checkpoint
+from dspark.base_model.expert_store import ExpertStore, PagedExperts, ResidentExperts
+from dspark.base_model.model import V4Model
+from dspark.base_model.target import V4Target
+from dspark.devices import pick_device, pick_dtype
+from dspark.errors import CapabilityError
+from dspark.registry import LoadedTarget, LoadOptions
+
+__all__ = ["LOADER", "V4Loader"]
+
+logger = logging.getLogger(__name__)
+
+
+class V4Loader:
+    """Loader (dspark.registry) for model_type deepseek_v4, in either checkpoint layout."""
+
+    priority = 10
+
+    def handles(self, config: Mapping[str, Any]) -> bool:
+        """True for DeepSeek-V4."""
+        return config.get("model_type") == "deepseek_v4"
+
+    def load(self, folder: Path, options: LoadOptions) -> LoadedTarget:
+        """Load a V4 checkpoint.
+
+        Raises:
+            CheckpointError: If tensors are missing, superfluous or mis-shaped.
+            ConfigError: If the config contradicts itself, or the expert memory is too small.
+            CapabilityError: If exact mode was asked for and does not hold here.
+        """
+        checkpoint = Checkpoint.open(folder)
+        checkpoint.check()
+        devices = [pick_device(name.strip()) for name in options.device.split(",")]
+        dtype = pick_dtype(options.dtype, devices[0])
+        codec = load_v4_codec(folder)
+        eos = (checkpoint.config.eos_token_id, *(codec.eos_token_ids if codec else ()))
+        target = V4Target(
+            V4Model(
+                checkpoint.config,
+                checkpoint,
+                open_experts(checkpoint, options.expert_memory),
+                dtype=dtype,
+                devices=devices,
+            ),
+            name=options.name,
+            eos_token_ids=tuple(dict.fromkeys(eos)),
+        )
+        decide_exactness(target, options, _fingerprint(folder))
+        # The release samples at temperature 1 with the whole law.
+        sampling = {"temperature": 1.0, "top_p": 1.0, **_generation_settings(folder)}
+        return LoadedTarget(target=target, codec=codec, sampling=sampling, folder=folder)
+
+
+LOADER = V4Loader()
+
+
+def open_experts(checkpoint: Checkpoint, memory: int | None) -> ExpertStore:
+    """The routed experts' weights: mapped, or read as they are wanted within `memory` bytes."""
+    if memory is None:
+        return ResidentExperts(checkpoint)
+    return PagedExperts(checkpoint, memory)
+
+
+def decide_exactness(target: V4Target, options: LoadOptions, fingerprint: str) -> None:
+    """Find out whether exact mode holds and what it costs, and switch it on or off.
+
+    Raises:
+        CapabilityError: If it was asked for and does not hold.
+    """
+    holds, cost = False, None
+    if options.exact is not False:
+        info = target.info
+        key = exactness.probe_key(
+            asdict(target.model.config), info.dtype, info.device, f"v4 {fingerprint}"
+        )
+        folder = options.probe_folder
+        record = exactness.read_probe(folder, key) if folder is not None else None
+        if record is None:
+            logger.info("checking exact mode of %s on this machine (once)", options.name)
+            target.switch_exact(True)
+            holds = exactness.check_trees(target)
+            cost = exactness.measure_cost(target) if holds else None
+            record = {"holds": holds, "cost": cost}
+            if folder is not None:
+                exactness.write_probe(folder, key, record)
+        holds, cost = bool(record["holds"]), record["cost"]
+    if options.exact and not holds:
+        raise CapabilityError(
+            f"exact mode does not hold for {options.name} in {target.info.dtype} on this machine: "
+            "its kernels give a row other bits in other company.",
+            hint="leave out --exact, or try another --dtype",
+        )
+    target.set_exactness(
+        exactness.report(
+            wanted=options.exact,
+            holds=holds,
+            min_rows=target.min_rows,
+            backend="torch",
+            cost=cost,
+        )
+    )
+
+
+def _generation_settings(folder: Path) -> dict[str, float]:
+    try:
+        data = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    if not isinstance(data, dict) or not data.get("do_sample"):
+        return {}
+    return {name: float(data[name]) for name in names if isinstance(data.get(name), int | float)}
+
+
+def _fingerprint(folder: Path) -> str:
+    files = sorted(folder.glob("*.safetensors"))
+    return " ".join(f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files)

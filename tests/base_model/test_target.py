@@ -1,0 +1,191 @@
+"""A saved V4 checkpoint behind the engine and the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dspark import SamplingParams, cli
+from dspark.draft.model import ModelDrafter
+from dspark.engine import Engine
+from dspark.errors import CapabilityError, CheckpointError, ConfigError
+from dspark.loading import load_engine
+from dspark.registry import LoadedTarget, LoadOptions, load_target
+from dspark.target import SharesHead
+
+LAYOUTS = ("official", "transformers")
+GREEDY = SamplingParams(max_tokens=24)
+COUPLED = SamplingParams(max_tokens=24, temperature=1.0, seed=5)
+
+
+@pytest.fixture(scope="module")
+def loaded(v4_folders: dict[str, Path]) -> dict[str, LoadedTarget]:
+    options = LoadOptions(name="v4", dtype="float32", exact=True)
+    return {name: load_target(folder, options) for name, folder in v4_folders.items()}
+
+
+def prompts() -> list[list[int]]:
+    rng = np.random.default_rng(3)
+    return [(rng.integers(6, 250, n).tolist() * 3)[: 2 * n + 3] for n in (1, 7, 19, 40)]
+
+
+@pytest.mark.parametrize("params", [GREEDY, COUPLED], ids=["greedy", "coupled"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_drafts_of_any_quality_leave_the_text_as_it_is(
+    loaded: dict[str, LoadedTarget], layout: str, params: SamplingParams
+) -> None:
+    target, other = loaded[layout].target, loaded[LAYOUTS[1 - LAYOUTS.index(layout)]].target
+    plain = Engine(target).generate(prompts(), params)
+    vocab = target.info.vocab_size
+    taus = []
+    for draft in (target, other):  # a perfect draft, and one with other weights
+        engine = Engine(target, drafter=ModelDrafter(draft, vocab_size=vocab))
+        drafted = engine.generate(prompts(), params)
+        assert [r.token_ids for r in drafted] == [r.token_ids for r in plain]
+        taus.append(np.mean([r.stats.accepted_length for r in drafted]))
+    assert taus[0] > 2 > 1.2 > taus[1]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_request_alone_gives_the_text_it_gives_in_a_batch_of_sixteen(
+    loaded: dict[str, LoadedTarget], layout: str
+) -> None:
+    target = loaded[layout].target
+    many = Engine(target).generate(prompts() * 4, GREEDY)
+    for prompt, result in zip(prompts(), many, strict=False):
+        assert Engine(target).generate([prompt], GREEDY)[0].token_ids == result.token_ids
+
+
+def test_both_layouts_of_the_same_weights_give_the_same_text(
+    v4_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, dest = v4_folders["transformers"], tmp_path / "converted"
+    assert run("convert", source, dest, "--to", "official", "--weights", "keep", "-q") == 0
+    capsys.readouterr()
+    assert texts(source) == texts(dest)
+
+
+def texts(folder: Path) -> list[list[int]]:
+    engine = load_engine(folder, "none", dtype="float32", exact=False)
+    return [r.token_ids for r in engine.generate(prompts(), GREEDY)]
+
+
+def run(*words: object) -> int:
+    import sys
+
+    old, sys.argv = sys.argv, ["dspark", *map(str, words)]
+    try:
+        cli.main()
+    except SystemExit as exc:
+        return int(exc.code or 0)
+    finally:
+        sys.argv = old
+    return 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("how", [[], ["--temperature", "1", "--seed", "4"]])
+def test_generate_with_lookup_equals_plain_decoding(
+    v4_folders: dict[str, Path], layout: str, how: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["--target", v4_folders[layout], "--raw", "--max-tokens", "20", "--json", *how]
+    if not how:
+        args += ["--temperature", "0"]
+    out = []
+    for draft in ("lookup", "none"):
+        assert run("generate", "abcabcabcabc", "--draft", draft, *args) == 0
+        out.append(json.loads(capsys.readouterr().out))
+    assert out[0]["token_ids"] == out[1]["token_ids"]
+    assert len(out[0]["token_ids"]) == 20
+
+
+def test_sampling_is_at_temperature_one_by_default(v4_folders: dict[str, Path]) -> None:
+    engine = load_engine(v4_folders["official"], "none", exact=False)
+    assert engine.sampling_defaults == {"temperature": 1.0, "top_p": 1.0}
+
+
+def test_chat_prompts_go_through_v4s_own_encoding(v4_folders: dict[str, Path]) -> None:
+    ask = [{"role": "user", "content": "hi"}]
+    for think, tail in ((None, "</think>"), (False, "</think>"), (True, "<think>")):
+        engine = load_engine(v4_folders["official"], "none", exact=False, think=think)
+        assert engine.codec is not None
+        ids = engine.codec.encode_chat(ask)
+        shown = "".join(engine.codec.tokenizer.convert_ids_to_tokens(ids))
+        assert shown == f"<｜begin▁of▁sentence｜><｜User｜>hi<｜Assistant｜>{tail}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"effort": "huge"}, ConfigError, "effort is 'huge'"),
+        ({"effort": "max", "think": False}, ConfigError, "thinking is off"),
+        ({"expert_memory": "12 apples"}, ConfigError, "12 apples"),
+        ({"expert_memory": 10}, ConfigError, "10"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(
+    v4_folders: dict[str, Path],
+    settings: dict[str, object],
+    error: type[Exception],
+    message: str,
+) -> None:
+    with pytest.raises(error, match=message):
+        load_engine(v4_folders["official"], "none", exact=False, **settings)  # type: ignore[arg-type]
+
+
+def test_experts_read_from_disk_give_the_same_text(v4_folders: dict[str, Path]) -> None:
+    """A budget of two experts of eight a layer: nearly every fetch is a miss."""
+    folder = v4_folders["official"]
+    mapped = load_engine(folder, "lookup", exact=False).generate(prompts(), GREEDY)
+    paged = load_engine(folder, "lookup", exact=False, expert_memory=16_000)
+    assert [r.token_ids for r in paged.generate(prompts(), GREEDY)] == [r.token_ids for r in mapped]
+
+
+def test_layers_can_be_split_over_devices(v4_folders: dict[str, Path]) -> None:
+    folder = v4_folders["official"]
+    split = load_engine(folder, "none", exact=False, device="cpu,cpu:0")
+    whole = load_engine(folder, "none", exact=False)
+    assert [r.token_ids for r in split.generate(prompts(), GREEDY)] == [
+        r.token_ids for r in whole.generate(prompts(), GREEDY)
+    ]
+
+
+def test_the_head_and_the_embedding_can_be_shared_with_a_draft(
+    loaded: dict[str, LoadedTarget],
+) -> None:
+    assert isinstance(loaded["official"].target, SharesHead)
+
+
+def test_transformers_own_class_decodes_plainly_as_a_reference(
+    v4_folders: dict[str, Path],
+) -> None:
+    """Near-ties apart: the first tokens of a text are compared, and a draft is refused."""
+    folder = v4_folders["transformers"]
+    params = SamplingParams(max_tokens=6)
+    engine = load_engine(f"hf:{folder}", "auto", dtype="float32")
+    assert not engine.target.info.can_verify_trees
+    ours = load_engine(folder, "none", dtype="float32", exact=False)
+    short = [prompt[:9] for prompt in prompts()]  # before the indexer has anything to drop
+    assert [r.token_ids for r in engine.generate(short, params)] == [
+        r.token_ids for r in ours.generate(short, params)
+    ]
+    with pytest.raises(CapabilityError, match="takes no draft"):
+        load_engine(f"hf:{folder}", "lookup", dtype="float32")
+    with pytest.raises(CapabilityError, match="exact mode was asked for"):
+        load_engine(f"hf:{folder}", "none", exact=True)
+
+
+def test_a_checkpoint_without_a_tensor_is_refused_by_its_name(
+    v4_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    source = v4_folders["official"]
+    for file in source.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["moe_intermediate_size"] = 64
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"layers\.0\.ffn\.experts\.0\.w1"):
+        load_target(tmp_path, LoadOptions(name="x"))
