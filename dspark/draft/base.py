@@ -17,7 +17,7 @@ from dspark.verify.noise import NoiseKey
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DraftContext", "Drafter"]
+__all__ = ["DraftContext", "Drafter", "Observer"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -77,4 +77,17 @@ class Drafter(Protocol):
 
     def release(self, request_id: int) -> None:
         """Forget a request; unknown ids are ignored."""
+        ...
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """A drafter that must see the hidden states even of rounds in which it does not draft.
+
+    `DraftContext.features` holds what was committed since the last call. Whoever hands a context
+    to one drafter and not to another (draft/combined.py) lets the other observe it.
+    """
+
+    def observe(self, contexts: Sequence[DraftContext]) -> None:
+        """Take in the features of these contexts, and propose nothing."""
         ...

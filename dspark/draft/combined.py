@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dspark.draft.base import DraftContext, Drafter
+from dspark.draft.base import DraftContext, Drafter, Observer
 from dspark.errors import ConfigError
 from dspark.request import Rule
 from dspark.tree import POINT_MASS, Proposal
@@ -94,12 +94,21 @@ class CombinedDrafter:
         """
         firsts = self._first.propose([self._for_first(context) for context in contexts])
         asked = [i for i, context in enumerate(contexts) if self._needs_second(context, firsts[i])]
+        if isinstance(self._second, Observer):
+            left_out = set(range(len(contexts))).difference(asked)
+            self._second.observe([contexts[i] for i in sorted(left_out)])
         rest = [self._for_second(contexts[i], firsts[i]) for i in asked]
         seconds = dict(zip(asked, self._second.propose(rest) if rest else [], strict=True))
         return [
             self._unite(context, first, seconds.get(i))
             for i, (context, first) in enumerate(zip(contexts, firsts, strict=True))
         ]
+
+    def observe(self, contexts: Sequence[DraftContext]) -> None:
+        """Let those of them that follow the target's hidden states take these in."""
+        for drafter in (self._first, self._second):
+            if isinstance(drafter, Observer):
+                drafter.observe(contexts)
 
     def release(self, request_id: int) -> None:
         """Forget a request; unknown ids are ignored."""
