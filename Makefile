@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := torch==2.13.0
 PYTEST_ARGS ?=
+# Tiny models run on one thread, so the fast tests take as many processes as there are cores.
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 BENCH ?= $(sort $(wildcard benchmarks/[a-z]*.py))
 PROMPT ?= Fix the spelling mistakes and print the whole text again: The old lighthouse on the \
 northern cape was built in 1884 by a crew of forty masons. The lighthouse keeper livd in a stone \
@@ -25,7 +27,7 @@ demo: $(VENV)/.stamp-core  ## Answer a prompt with the default model, accepted d
 test: test-fast test-real  ## Run the fast tests, then those on real weights
 
 test-fast: $(VENV)/.stamp-dev  ## Run the tests that need neither network nor weights
-	$(BIN)/python -m pytest -m "not real and not slow and not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) -m "not real and not slow and not gpu" $(PYTEST_ARGS)
 
 test-real: $(VENV)/.stamp-dev  ## Run the tests on real weights (fetched on first use)
 	$(BIN)/python -m pytest -m "real and not slow and not gpu" $(PYTEST_ARGS)

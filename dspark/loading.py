@@ -62,7 +62,7 @@ def load_engine(  # noqa: PLR0913 - one keyword per option of Engine.load
 def _bytes(amount: int | str | None) -> int | None:
     if not isinstance(amount, str):
         return amount
-    from dspark.base_model.expert_store import parse_bytes
+    from dspark.models.text import parse_bytes
 
     return parse_bytes(amount)
 

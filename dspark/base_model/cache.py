@@ -124,7 +124,7 @@ class V4Cache:
 
     Args:
         config: The model.
-        devices: The device of every decoder layer.
+        devices: The layers it is for, each with its device.
         dtype: Element type of rows and entries.
         wide: Element type of raw rows.
         memory_limit: Bytes that may be in use, or None.
@@ -134,7 +134,7 @@ class V4Cache:
         self,
         config: V4Config,
         *,
-        devices: Sequence[torch.device],
+        devices: Mapping[int, torch.device],
         dtype: torch.dtype,
         wide: torch.dtype,
         memory_limit: int | None = None,
@@ -144,9 +144,8 @@ class V4Cache:
         self._slots: dict[int, SlotState] = {}
         self._kept: dict[int, SlotState] = {}  # insertion order is age
         self._next_slot = 0
-        everywhere = dict(enumerate(devices))
         self.window = RowPool(
-            everywhere,
+            devices,
             widths={"row": config.head_dim},
             page_rows=config.sliding_window,
             dtype=dtype,
@@ -155,10 +154,10 @@ class V4Cache:
             ratio: _make_lane(
                 config,
                 ratio,
-                {i: d for i, d in everywhere.items() if config.ratio(i) == ratio},
+                {i: d for i, d in devices.items() if config.ratio(i) == ratio},
                 (dtype, wide),
             )
-            for ratio in sorted({m for m in config.compress_ratios if m})
+            for ratio in sorted({config.ratio(layer) for layer in devices} - {0})
         }
 
     # -- the Cache protocol -------------------------------------------------------------------

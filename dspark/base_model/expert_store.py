@@ -32,11 +32,9 @@ __all__ = [
     "PagedExperts",
     "PagingStats",
     "ResidentExperts",
-    "parse_bytes",
 ]
 
 _MATRICES = ("w1", "w2", "w3")
-_UNITS = {"": 1, "K": 10, "M": 20, "G": 30, "T": 40}
 _ALIGNMENT = 64  # bytes; a tensor's place in an expert's buffer
 _READ_LIMIT = 1 << 30  # Linux reads at most 2 GiB at a time
 
@@ -315,25 +313,3 @@ def _plan(key: tuple[str, int], pieces: dict[str, Piece]) -> _Plan:
 
 def _meta(piece: Piece) -> Tensor:
     return torch.empty(piece.shape, dtype=piece.dtype, device="meta")
-
-
-def parse_bytes(text: str) -> int:
-    """Read a size: "32GiB", "500MB", "1.5 GiB", "4096".
-
-    Args:
-        text: A number and a unit: B, kB, MB, GB, TB (powers of 1000) or KiB ... TiB (of 1024).
-
-    Raises:
-        ConfigError: If it is not a size, or not positive.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([KMGT]?)(I?)B?)", text.strip().upper())
-    size = 0
-    if found is not None:
-        number, unit, is_binary = found.groups()
-        power = _UNITS[unit]
-        if unit:
-            power = 1 << power if is_binary else 1000 ** (power // 10)
-        size = int(float(number) * power)
-    if found is None or size <= 0 or (found[3] and not found[2]):
-        raise ConfigError(f"{text!r} is no size; give a number and a unit, such as 32GiB or 500MB.")
-    return size

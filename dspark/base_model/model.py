@@ -51,6 +51,8 @@ class V4Model:
         fake_quant: bool = False,
     ) -> None:
         self.config = config
+        self.source = source
+        self.experts = experts
         self.numerics = Numerics.of(dtype, devices[0])
         self.numerics.fake_quant = fake_quant
         layers = config.num_hidden_layers
@@ -80,7 +82,7 @@ class V4Model:
         """An empty cache."""
         return V4Cache(
             self.config,
-            devices=self.devices,
+            devices=dict(enumerate(self.devices)),
             dtype=self.numerics.dtype,
             wide=self.numerics.wide,
             memory_limit=memory_limit,

@@ -46,8 +46,8 @@ def convert(
     """Convert a DeepSeek-V4 checkpoint, one tensor at a time; print the folder."""
     from dspark.base_model.checkpoint import Layout
     from dspark.base_model.convert import WeightFormat, convert_checkpoint
-    from dspark.base_model.expert_store import parse_bytes
     from dspark.models.progress import open_progress
+    from dspark.models.text import parse_bytes
 
     shard_bytes = parse_bytes(shard_size)
     with open_progress(False if quiet else None) as sink:

@@ -1,11 +1,16 @@
-"""Small pieces of wording that the error messages of this package share."""
+"""Small pieces of wording, and sizes as people write them."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
-__all__ = ["format_bytes", "near_match"]
+from dspark.errors import ConfigError
+
+__all__ = ["format_bytes", "near_match", "parse_bytes"]
+
+_UNITS = {"": 1, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
 def near_match(name: str, known: Iterable[str]) -> str:
@@ -24,3 +29,25 @@ def format_bytes(count: int) -> str:
         size /= 1000
     digits = 1 if unit == "GB" else 0
     return f"{size:.{digits}f} {unit}"
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size: "32GiB", "500MB", "1.5 GiB", "4096".
+
+    Args:
+        text: A number and a unit: B, kB, MB, GB, TB (powers of 1000) or KiB ... TiB (of 1024).
+
+    Raises:
+        ConfigError: If it is not a size, or not positive.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([KMGT]?)(I?)B?)", text.strip().upper())
+    size = 0
+    if found is not None:
+        number, unit, is_binary = found.groups()
+        power = _UNITS[unit]
+        if unit:
+            power = 1 << power if is_binary else 1000 ** (power // 10)
+        size = int(float(number) * power)
+    if found is None or size <= 0 or (found[3] and not found[2]):
+        raise ConfigError(f"{text!r} is no size; give a number and a unit, such as 32GiB or 500MB.")
+    return size

@@ -138,8 +138,8 @@ def test_refusals() -> None:
 
 def test_a_forward_without_room_is_refused() -> None:
     config = V4Config.from_dict(oracle.tiny_config())
-    cpu = torch.device("cpu")
-    cache = V4Cache(config, devices=[cpu] * 5, dtype=torch.float32, wide=torch.float32)
+    devices = dict.fromkeys(range(5), torch.device("cpu"))
+    cache = V4Cache(config, devices=devices, dtype=torch.float32, wide=torch.float32)
     slot = open_slot(cache)
     with pytest.raises(ShapeError, match="reserve"):
         cache.begin(TokenBatch.build([part_of(slot, 0, [1, 2])]))

@@ -22,7 +22,6 @@ from dspark.base_model.expert_store import (
     ExpertWeights,
     PagedExperts,
     ResidentExperts,
-    parse_bytes,
 )
 from dspark.base_model.names import transformers_name
 from dspark.base_model.presets import preset
@@ -235,24 +234,3 @@ def test_a_model_larger_than_memory_is_read_within_a_limit(tmp_path):
     read = int(out.split()[1])
     assert read > 6 * budget
     assert int(out.split()[0]) == crc
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("32GiB", 32 << 30),
-        ("500MB", 500_000_000),
-        ("1.5 GiB", 3 << 29),
-        ("4096", 4096),
-        ("12k", 12_000),
-        ("7B", 7),
-    ],
-)
-def test_sizes_are_read(text, size):
-    assert parse_bytes(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GiB", "-1", "0", "3iB", "1e9", "5 XB"])
-def test_what_is_no_size_is_refused(text):
-    with pytest.raises(ConfigError, match="is no size; give a number and a unit"):
-        parse_bytes(text)
