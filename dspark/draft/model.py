@@ -10,24 +10,18 @@ Letters: R rows whose logits are asked for, V vocabulary.
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from dspark.cache import Cache
 from dspark.draft.base import DraftContext
+from dspark.draft.feed import WarnOnce, feed, history_of
 from dspark.draft.grow import Growth, Limits, grow
-from dspark.errors import CapabilityError, ConfigError, DsparkError
+from dspark.errors import CapabilityError, ConfigError
 from dspark.target import BatchPart, Target, TokenBatch
 from dspark.tree import Proposal
-from dspark.verify import sampling
 
 __all__ = ["ModelDrafter", "ModelDrafterConfig"]
-
-_log = logging.getLogger(__name__)
 
 _CHUNK = 512  # rows of a catch-up forward at the most
 _RIDE = 64  # a backlog up to this many tokens rides along with the first level
@@ -72,10 +66,7 @@ class _Job:
         self.frontier: list[int] = []
         self.rows: list[int] = []  # nodes run so far, in row order after the anchor
         self.index = {-1: -1}  # node -> its row, counted from the anchor's at -1
-        self.history: sampling.History | None = None
-        if sampling.has_history(context.params):
-            tokens, prompt = context.tokens, context.prompt_length
-            self.history = sampling.History(tokens[:prompt], tokens[prompt:])
+        self.history = history_of(context)
 
     def advance(self) -> bool:
         """Choose the nodes to run next; False when the tree is done."""
@@ -129,7 +120,7 @@ class ModelDrafter:
         self._cache: Cache = model.new_cache()
         self._slots: dict[int, int] = {}
         self._tails: dict[int, tuple[int, list[int]]] = {}  # context length, its last tokens
-        self._warned: set[str] = set()
+        self._warn = WarnOnce(info.name)
 
     @property
     def name(self) -> str:
@@ -189,7 +180,7 @@ class ModelDrafter:
             try:
                 slot, _ = self._cache.open(context.tokens)
             except CapabilityError as error:
-                self._warn("the draft's cache is full", error)
+                self._warn("the draft's cache is full", error.message)
                 return None
             self._slots[context.request_id] = slot
         self._tails[context.request_id] = (size, list(context.tokens[-_TAIL:]))
@@ -209,7 +200,7 @@ class ModelDrafter:
             try:
                 self._cache.reserve(job.slot, rows[job.slot])
             except CapabilityError as error:
-                self._warn("the draft's cache is full", error)
+                self._warn("the draft's cache is full", error.message)
             else:
                 roomy.append(job)
         return roomy
@@ -255,36 +246,7 @@ class ModelDrafter:
         start = 0
         for job in jobs:
             stop = start + len(job.frontier)
-            self._feed(job, logits[start:stop])
+            rows = logits[start:stop]
+            feed(job.growth, job.context, job.history, job.frontier, rows, self._warn)
             start = stop
         return jobs
-
-    def _feed(self, job: _Job, logits: torch.Tensor) -> None:
-        """Shape the rows of one request's frontier and hand them to its tree."""
-        nodes = job.frontier
-        # Leaving single nodes unexpanded asks only what was known before their children are drawn.
-        is_sound = [math.isfinite(top) for top in logits.amax(dim=1).tolist()]
-        if not all(is_sound):
-            self._warn("the draft's logits are not finite", None)
-            nodes = [node for node, ok in zip(nodes, is_sound, strict=True) if ok]
-            logits = logits[torch.tensor(is_sound, device=logits.device)]
-        if not nodes:
-            return
-        paths = histories = None
-        if job.history is not None:
-            histories = [job.history] * len(nodes)
-            paths = [job.growth.tree.path_tokens(node) for node in nodes]
-        try:
-            params = [job.context.params] * len(nodes)
-            shaped = sampling.shape_logits(logits, params, histories, paths)
-        except DsparkError as error:  # the target will meet it too, and report it
-            self._warn("the draft's logits cannot be shaped", error)
-            return
-        job.growth.take(nodes, shaped)
-
-    def _warn(self, what: str, error: DsparkError | None) -> None:
-        """Say once what keeps the draft from drafting."""
-        if what not in self._warned:
-            self._warned.add(what)
-            detail = error.message if error is not None else "no tokens are drafted after them."
-            _log.warning("%s: %s: %s", self._model.info.name, what, detail)

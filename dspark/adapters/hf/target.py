@@ -150,14 +150,12 @@ class HFTarget:
         self._capture.clear()
         return TargetOutput(self._run_head(rows), captured)
 
-    @torch.inference_mode()
     def embed(self, token_ids: Tensor) -> Tensor:
         """Embed tokens; see `dspark.target.SharesHead.embed`."""
         embedding: nn.Module = self._backbone.get_input_embeddings()  # type: ignore[operator]
         rows: Tensor = embedding(token_ids.to(self._device))
         return rows
 
-    @torch.inference_mode()
     def unembed(self, hidden: Tensor) -> Tensor:
         """Logits of normed hidden states; see `dspark.target.SharesHead.unembed`."""
         return self._run_head(hidden.to(self._device, self._dtype))

@@ -1,0 +1,377 @@
+"""Drafter `dspark`: one forward of a block, then a tree from base logits plus a sequential head.
+
+The backbone runs once a round, on [anchor, mask, mask, ...] of every request; what it gives for a
+position, base logits U and a hidden state, is the same for all branches. So a level of the tree
+costs one product with the sequential head's W2, and no forward.
+
+**Context.** Every layer's keys and values of a committed position come from the target's hidden
+states there, which arrive with the rounds (`DraftContext.features`). They are kept per request and
+never computed twice. Positions whose hidden states never arrive, because the target shared the
+K/V of another request with the same beginning, are copied from that request's cache, live or
+lately released; if it is gone, the draft sees the text from there on only.
+
+**Source:** DSpark, arXiv 2607.05147; DFlash (no sequential head) for blocks whose anchor slot
+predicts nothing.
+
+Letters: B requests, S slots of a block, N rows, D hidden size, V vocabulary, Vd draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from dspark.draft.base import DraftContext
+from dspark.draft.block_module import BlockModule
+from dspark.draft.draft_cache import ContextCache, common_length
+from dspark.draft.dspark_config import Window
+from dspark.draft.feed import WarnOnce, feed, history_of
+from dspark.draft.grow import Growth, Limits, grow
+from dspark.errors import ConfigError
+from dspark.tree import Proposal
+
+__all__ = ["DSparkDrafter", "DSparkDrafterConfig"]
+
+_TAIL = 16  # tokens compared to see that a context still extends what was seen
+
+_NewRows: TypeAlias = tuple[ContextCache, Sequence[int], Tensor]
+"""A cache, the tokens of all positions before the anchor, hidden states of the last of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DSparkDrafterConfig:
+    """Settings of the drafter.
+
+    Attributes:
+        width: Children per node at the most where the request does not say, >= 1.
+        beams: Nodes to expand per level at the most, >= 1 (greedy, coupled, sample-match). Three
+            rows are what a CPU multiplies for the price of one (benchmarks/draft_cost.py).
+        min_survival: Nodes less likely than this are not expanded, in [0, 1) (the same rules).
+        kept_positions: Context positions of released requests to keep for later ones.
+
+    Raises:
+        ConfigError: If a value is outside its range.
+    """
+
+    width: int = 4
+    beams: int = 3
+    min_survival: float = 0.02
+    kept_positions: int = 8192
+
+    def __post_init__(self) -> None:
+        for name, least in (("width", 1), ("beams", 1), ("kept_positions", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is {getattr(self, name)}, but must be >= {least}.")
+        if not 0 <= self.min_survival < 1:
+            raise ConfigError(f"min_survival is {self.min_survival}, but must be in [0, 1).")
+
+
+class _Job:
+    """One request in one round."""
+
+    __slots__ = ("cache", "context", "frontier", "growth", "history", "is_sound", "row", "states")
+
+    def __init__(self, context: DraftContext, cache: ContextCache, growth: Growth) -> None:
+        self.context = context
+        self.cache = cache
+        self.growth = growth
+        self.history = history_of(context)
+        self.frontier: list[int] = []
+        self.is_sound = True
+        self.row = 0  # among the round's blocks
+        self.states: dict[int, Tensor] = {}  # parent -> state of the head after the parent's token
+
+    def advance(self) -> bool:
+        """Choose the nodes to expand next; False when the tree is done."""
+        self.frontier = self.growth.frontier()
+        return bool(self.frontier)
+
+    def last_token(self, node: int) -> int:
+        """Token that a node's children follow."""
+        return self.context.tokens[-1] if node < 0 else self.growth.tree.token[node]
+
+    def depth(self, node: int) -> int:
+        """Depth of a node, 0 for the anchor."""
+        return 0 if node < 0 else self.growth.tree.depth[node]
+
+
+class _Blocks:
+    """What the backbone gave for this round.
+
+    Attributes:
+        hidden: [B, S, D].
+        base: float32 [B, depths, Vd], base logits of depth 1, 2, ...
+        start: [B, state size] of the sequential head before the anchor's first prediction.
+    """
+
+    __slots__ = ("base", "hidden", "start")
+
+    def __init__(self, hidden: Tensor, base: Tensor, start: Tensor | None) -> None:
+        self.hidden = hidden
+        self.base = base
+        self.start = start
+
+
+class DSparkDrafter:
+    """Drafts with a DSpark or DFlash module.
+
+    Args:
+        module: The module, in eval mode.
+        config: Settings.
+        name: What reports call it.
+    """
+
+    def __init__(
+        self,
+        module: BlockModule,
+        *,
+        config: DSparkDrafterConfig | None = None,
+        name: str = "dspark",
+    ) -> None:
+        self._module = module
+        self._config = config or DSparkDrafterConfig()
+        self._name = name
+        self._device = module.device
+        self._vocab = module.vocab.to(self._device)
+        self._windows = [Window(size=w) if isinstance(w, int) else w for w in module.windows]
+        self._sizes = [None if w is None else w.size for w in self._windows]
+        self._caches: dict[int, ContextCache] = {}
+        self._released: OrderedDict[int, ContextCache] = OrderedDict()
+        self._warn = WarnOnce(name)
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        return self._name
+
+    @property
+    def capture(self) -> tuple[int, ...]:
+        """Target layers whose hidden states it needs."""
+        return self._module.config.target_layer_ids
+
+    @torch.inference_mode()
+    def propose(self, contexts: Sequence[DraftContext]) -> list[Proposal]:
+        """Draft for several requests with one forward of the backbone.
+
+        A request gets an empty proposal where the hidden states of its newest positions are
+        missing or the module's output is not finite; a warning says so once.
+
+        Args:
+            contexts: One per request.
+
+        Returns:
+            One proposal each.
+        """
+        self._follow(contexts)
+        jobs: dict[int, _Job] = {}
+        for place, context in enumerate(contexts):
+            cache = self._caches[context.request_id]
+            if cache.length != len(context.tokens) - 1:
+                self._warn("hidden states of the target are missing", "nothing is drafted.")
+            elif context.budget > 0 and context.depth > 0:
+                jobs[place] = _Job(context, cache, grow(context, self._limits(context)))
+        if jobs:
+            blocks = self._run(list(jobs.values()))
+            live = [job for job in jobs.values() if job.is_sound]
+            while live := [job for job in live if job.advance()]:
+                self._level(live, blocks)
+        return [
+            jobs[place].growth.proposal() if place in jobs else Proposal.empty()
+            for place in range(len(contexts))
+        ]
+
+    @torch.inference_mode()
+    def observe(self, contexts: Sequence[DraftContext]) -> None:
+        """Take in hidden states without drafting; see `dspark.draft.base.Observer`."""
+        self._follow(contexts)
+
+    def release(self, request_id: int) -> None:
+        """Forget a request; unknown ids are ignored."""
+        cache = self._caches.pop(request_id, None)
+        if cache is None:
+            return
+        self._released[request_id] = cache
+        total = sum(kept.length for kept in self._released.values())
+        while total > self._config.kept_positions:
+            total -= self._released.popitem(last=False)[1].length
+
+    def _limits(self, context: DraftContext) -> Limits:
+        config = self._config
+        return Limits(
+            budget=context.budget,
+            depth=min(context.depth, self._module.config.gamma),
+            width=config.width if context.width is None else context.width,
+            beams=config.beams,
+            min_survival=config.min_survival,
+        )
+
+    # -- context ------------------------------------------------------------------------------
+
+    def _follow(self, contexts: Sequence[DraftContext]) -> None:
+        """Bring every request's cache in step with its context."""
+        ready: list[_NewRows] = []
+        lacking: list[_NewRows] = []
+        for context in contexts:
+            size = len(context.tokens) - 1
+            features = self._features(context, size)
+            start = size - (0 if features is None else int(features.shape[0]))
+            cache = self._aligned(context, start)
+            if features is not None:
+                place = ready if cache.length == start else lacking
+                place.append((cache, context.tokens[:size], features))
+        self._take(ready)
+        for cache, tokens, features in lacking:  # a donor may be among the ready ones
+            self._bridge(cache, tokens[: len(tokens) - features.shape[0]])
+            self._take([(cache, tokens, features)])
+
+    def _take(self, parts: Sequence[_NewRows]) -> None:
+        """Put keys and values of new positions into caches, one product for all of them.
+
+        Args:
+            parts: What arrived, per request.
+        """
+        if not parts:
+            return
+        module = self._module
+        positions = [
+            torch.arange(len(tokens) - rows.shape[0], len(tokens), device=self._device)
+            for _, tokens, rows in parts
+        ]
+        c = module.combine(torch.cat([rows for _, _, rows in parts]))
+        layers = module.context(c, torch.cat(positions))
+        start = 0
+        for cache, tokens, rows in parts:
+            count = int(rows.shape[0])
+            part = slice(start, start + count)
+            kept = [(key[part], value[part]) for key, value in layers]
+            cache.append(tokens[len(tokens) - count :], kept)
+            start += count
+
+    def _features(self, context: DraftContext, size: int) -> Tensor | None:
+        """Captured hidden states side by side, [n, layers * Dt]; of the last `size` positions."""
+        given = context.features
+        if not given or size == 0 or any(layer not in given for layer in self.capture):
+            return None
+        joined = torch.cat([given[layer].to(self._device) for layer in self.capture], dim=-1)
+        return joined[-size:] if joined.shape[0] else None
+
+    def _aligned(self, context: DraftContext, start: int) -> ContextCache:
+        """The request's cache, holding nothing from position `start` on."""
+        cache = self._caches.get(context.request_id)
+        if cache is not None:
+            seen = min(cache.length, len(context.tokens))
+            tail = slice(max(0, seen - _TAIL), seen)
+            if cache.tokens[tail] != list(context.tokens[tail]):
+                cache = None
+        if cache is None:
+            cache = ContextCache(self._sizes)
+        # A recomputed request brings positions again that the cache holds already.
+        cache.truncate(start)
+        self._caches[context.request_id] = cache
+        return cache
+
+    def _bridge(self, cache: ContextCache, tokens: Sequence[int]) -> None:
+        """Fill positions that no hidden states came for."""
+        donors = [*self._caches.values(), *self._released.values()]
+        shared = [(common_length(donor.tokens, tokens), i) for i, donor in enumerate(donors)]
+        longest, index = max(shared, default=(0, 0))
+        if longest > cache.length:
+            cache.borrow(donors[index], longest)
+        if cache.length < len(tokens):
+            cache.skip(tokens[cache.length :])
+
+    # -- block and tree -----------------------------------------------------------------------
+
+    def _run(self, jobs: list[_Job]) -> _Blocks:
+        """One forward over the blocks of all requests, and the base logits of all depths."""
+        module, config = self._module, self._module.config
+        slots = config.block_size
+        tokens = torch.full((len(jobs), slots), config.mask_token_id, device=self._device)
+        tokens[:, 0] = torch.tensor([job.context.tokens[-1] for job in jobs], device=self._device)
+        anchors = torch.tensor([job.cache.length for job in jobs], device=self._device)
+        positions = anchors[:, None] + torch.arange(slots, device=self._device)
+
+        def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            out = torch.empty_like(queries)
+            for row, job in enumerate(jobs):
+                part = slice(row * slots, (row + 1) * slots)
+                out[part] = self._attend(job, layer, queries[part], keys[part], values[part])
+            return out
+
+        hidden = module.block(module.embed(tokens.flatten()), positions.flatten(), attend)
+        hidden = hidden.view(len(jobs), slots, -1)
+        depth = min(config.gamma, max(job.context.depth for job in jobs))
+        first = config.first_slot
+        predicting = hidden[:, first : first + depth]
+        base = module.base_logits(predicting.flatten(0, 1)).view(len(jobs), depth, -1)
+        for row, (job, top) in enumerate(zip(jobs, base.amax(dim=(1, 2)).tolist(), strict=True)):
+            job.row = row
+            job.is_sound = top - top == 0  # false for NaN and infinities
+            if not job.is_sound:
+                self._warn("the draft's output is not finite", "nothing is drafted.")
+        return _Blocks(hidden, base, self._start(hidden, tokens[:, 0]))
+
+    def _attend(
+        self, job: _Job, layer: int, queries: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        window = self._windows[layer]
+        reach = None if window is None else window.size - window.moves
+        key, value, context = job.cache.with_block(layer, keys, values, reach)
+        mask = None
+        if window is not None and (window.moves or window.is_causal):
+            slots = queries.shape[0]
+            slot = torch.arange(slots, device=queries.device)[:, None]
+            column = torch.arange(-context, slots, device=queries.device)[None]
+            mask = torch.ones(slots, context + slots, dtype=torch.bool, device=queries.device)
+            if window.moves:
+                mask &= (column > slot - window.size) | (column >= 0)
+            if window.is_causal:
+                mask &= column <= slot
+        return self._module.attend(layer, queries, key, value, mask)
+
+    def _start(self, hidden: Tensor, anchors: Tensor) -> Tensor | None:
+        """States [B, S] of the sequential head where the first prediction begins."""
+        head = self._module.markov_head
+        if head is None:
+            return None
+        state = head.start(hidden[:, 0])
+        if self._module.config.first_slot:  # trained through the anchor's slot as well
+            _, state = head.latent(state, head.embed(anchors), hidden[:, 0])
+        return state
+
+    def _level(self, jobs: list[_Job], blocks: _Blocks) -> None:
+        """Expand the frontiers of all requests at once."""
+        which = [(job, node) for job in jobs for node in job.frontier]
+        row = torch.tensor([job.row for job, _ in which], device=self._device)
+        depth = torch.tensor([job.depth(node) for job, node in which], device=self._device)
+        logits = blocks.base[row, depth]
+        head = self._module.markov_head
+        if head is not None and blocks.start is not None:
+            tokens = torch.tensor([job.last_token(n) for job, n in which], device=self._device)
+            hidden = blocks.hidden[row, depth + self._module.config.first_slot]
+            if head.state_size:
+                states = torch.stack([_state_before(job, n, blocks.start) for job, n in which])
+            else:
+                states = blocks.start[row]
+            bias, after = head.step(states, tokens, hidden)
+            logits = logits + bias
+            if head.state_size:
+                for (job, node), state in zip(which, after, strict=True):
+                    job.states[node] = state
+        logits = self._vocab.widen(logits)
+        start = 0
+        for job in jobs:
+            stop = start + len(job.frontier)
+            rows = logits[start:stop]
+            feed(job.growth, job.context, job.history, job.frontier, rows, self._warn)
+            start = stop
+
+
+def _state_before(job: _Job, node: int, start: Tensor) -> Tensor:
+    """State of the head before a node's own token: what its parent's expansion left."""
+    return start[job.row] if node < 0 else job.states[job.growth.tree.parent[node]]

@@ -1,0 +1,1 @@
+"""Files of draft modules: which layout a folder has, what its fields mean, reading and writing."""
