@@ -8,9 +8,14 @@ import torch
 from torch import Tensor
 
 from dspark.base_model.cache import V4Cache
+from dspark.base_model.dspark_module import V4DSparkModule
 from dspark.base_model.model import V4Model
+from dspark.base_model.mtp import MTPModule
+from dspark.base_model.mtp_drafter import MTPDrafter
 from dspark.base_model.numerics import EXACT_ROWS
 from dspark.cache import Cache
+from dspark.draft.base import Drafter
+from dspark.draft.dspark import DSparkDrafter
 from dspark.errors import CapabilityError
 from dspark.target import ExactnessReport, TargetInfo, TargetOutput, TokenBatch
 
@@ -88,6 +93,18 @@ class V4Target:
     def unembed(self, hidden: Tensor) -> Tensor:
         """Logits [n, V] of normed hidden states [n, D]; see `dspark.target.SharesHead`."""
         return self.model.head(hidden)
+
+    def own_drafter(self) -> Drafter | None:
+        """The drafter over the checkpoint's own `mtp.*` blocks, None if it has none.
+
+        DSpark where the config describes a DSpark module, else MTP-1.
+        """
+        config = self.model.config
+        if config.draft_stages == 0:
+            return None
+        if config.is_dspark:
+            return DSparkDrafter(V4DSparkModule(self.model))
+        return MTPDrafter(MTPModule(self.model), streams_layer=config.num_hidden_layers)
 
     def forward(
         self, batch: TokenBatch, cache: Cache, *, capture: Sequence[int] = ()
