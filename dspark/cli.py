@@ -17,7 +17,8 @@ import typer
 from typer.core import TyperGroup
 
 from dspark._version import __version__
-from dspark.commands import chat, convert, generate, models, plan
+from dspark.commands import audit, chat, convert, generate, models, plan
+from dspark.commands import eval as eval_commands
 from dspark.commands.console import print_error, stderr_console
 from dspark.errors import DataError, DsparkError
 
@@ -56,6 +57,8 @@ app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("convert")(convert.convert)
 app.command("plan")(plan.plan)
+app.command("audit")(audit.audit)
+app.command("eval")(eval_commands.eval_command)
 app.add_typer(models.app, name="models")
 
 

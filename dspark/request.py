@@ -221,6 +221,13 @@ class RoundStats:
         accepted: Drafted tokens accepted (accept_len).
         committed: Tokens added to the output, closing token included.
         depth: Depth of the verified tree.
+        tried: Deepest depth at which the rule looked at a candidate.
+        path: Length of the path the rule accepted; above `accepted` where the text ended inside.
+        survival: Survival, as the drafter saw it, of the nodes of the tree's likeliest chain: from
+            depth 1 on, always the child of highest survival.
+        matched: How many of these, from depth 1 on, were accepted.
+
+    Where the text ended inside the accepted path, `tried`, `survival` and `matched` end there too.
     """
 
     proposed: int
@@ -228,6 +235,10 @@ class RoundStats:
     accepted: int
     committed: int
     depth: int
+    tried: int = 0
+    path: int = 0
+    survival: tuple[float, ...] = ()
+    matched: int = 0
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from dspark.errors import ConfigError, DsparkError, ShapeError
 from dspark.payoff import StepClock
 from dspark.request import RoundStats, TokenLogprob
 from dspark.target import BatchPart, Target, TargetOutput, TokenBatch
-from dspark.tree import Proposal
+from dspark.tree import DraftTree, Proposal
 from dspark.tree_build import verify_part
 from dspark.verify.verifier import Verdict, VerifyJob, verify
 
@@ -344,10 +345,7 @@ class RoundRunner:
             stats.verified_at_depth[depth] += 1
             stats.accepted_at_depth[depth] += depth < accepted
         if self._limits.keep_rounds:
-            nodes = tree.num_nodes
-            stats.round_log.append(
-                RoundStats(part.offered, nodes, accepted, committed, tree.max_depth)
-            )
+            stats.round_log.append(_round_stats(part, verdict, accepted, committed))
 
     def _account(
         self, parts: Sequence[_Part], *, draft: float, forward: float, rest: float
@@ -382,6 +380,38 @@ def _check_limits(context: DraftContext, proposal: Proposal) -> None:
             f"a proposal has {tree.num_nodes} nodes and depth {tree.max_depth}, but at most "
             f"{context.budget} and {context.depth} were asked for."
         )
+
+
+def _round_stats(part: _Part, verdict: Verdict, accepted: int, committed: int) -> RoundStats:
+    tree = part.proposal.tree
+    chain = _likeliest_chain(tree)
+    # Where the text ended inside the path, what lies deeper was decided for nobody.
+    end = accepted if committed <= len(verdict.path) else tree.max_depth
+    pairs = zip(chain[:end], verdict.path, strict=False)
+    return RoundStats(
+        proposed=part.offered,
+        verified=tree.num_nodes,
+        accepted=accepted,
+        committed=committed,
+        depth=tree.max_depth,
+        tried=min(verdict.tried_depth, end),
+        path=len(verdict.path),
+        survival=tuple(float(tree.survival[node]) for node in chain[:end]),
+        matched=sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)),
+    )
+
+
+def _likeliest_chain(tree: DraftTree) -> list[int]:
+    """Nodes from depth 1 on, always the child of highest survival (ties: the first)."""
+    best: dict[int, int] = {}  # parent -> its likeliest child
+    survival = tree.survival.tolist()
+    for node, parent in enumerate(tree.parent.tolist()):
+        if parent not in best or survival[node] > survival[best[parent]]:
+            best[parent] = node
+    chain: list[int] = []
+    while (node := best.get(chain[-1] if chain else -1, -1)) >= 0:
+        chain.append(node)
+    return chain
 
 
 def _slot(request: ActiveRequest) -> int:

@@ -41,7 +41,9 @@ TargetOption: TypeAlias = Annotated[
 DraftOption: TypeAlias = Annotated[
     str,
     typer.Option(
-        "--draft", help="auto, none, lookup, lookup:FILE, a model, or one of these with +lookup."
+        "--draft",
+        help="auto (the checkpoint's own draft, else lookup), none, lookup, lookup:FILE, a model, "
+        "a draft module's folder, or one of these with +lookup.",
     ),
 ]
 DtypeOption: TypeAlias = Annotated[

@@ -63,7 +63,7 @@ def features_of(kind: str, count: int, seed: int) -> dict[int, Tensor]:
     return {**means, last: hidden[-1].flatten(1)}
 
 
-def context_of(  # noqa: PLR0913 - what a context is made of
+def context_of(
     kind: str,
     count: int,
     seed: int,

@@ -1,0 +1,1 @@
+"""Measuring: acceptance, losslessness, and what reports of both are made of."""
