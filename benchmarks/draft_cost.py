@@ -15,6 +15,7 @@ import argparse
 import itertools
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import transformers
@@ -22,10 +23,18 @@ from common import describe, finish, interleave, ratio
 
 import dspark
 from dspark.adapters.hf.load import adapter_for, wrap_model
+from dspark.base_model.expert_store import DictExperts
+from dspark.base_model.model import V4Model
+from dspark.base_model.presets import preset
+from dspark.base_model.random_weights import random_tensors
+from dspark.base_model.target import V4Target
+from dspark.base_model.weights import DictSource
 from dspark.draft.base import DraftContext, Drafter
 from dspark.draft.dspark import DSparkDrafter, DSparkDrafterConfig
 from dspark.draft.dspark_config import BackboneConfig, DSparkConfig
 from dspark.draft.dspark_module import DSparkModule
+from dspark.draft.eagle3 import Eagle3Drafter
+from dspark.draft.eagle3_module import Eagle3Config, Eagle3Module
 from dspark.draft.lookup import LookupDrafter
 from dspark.draft.model import ModelDrafter
 from dspark.registry import LoadOptions
@@ -146,32 +155,78 @@ def make_target(args: argparse.Namespace, layers: int) -> dspark.target.Target:
     return wrap_model(model, adapter_for("llama"), options, eos_token_ids=())
 
 
+def make_eagle(args: argparse.Namespace) -> Eagle3Module:
+    """A random EAGLE-3 layer of the target's width, as peaked as the other drafts."""
+    torch.manual_seed(2)
+    config = Eagle3Config(
+        hidden_size=args.hidden,
+        target_hidden_size=args.hidden,
+        target_layers=LAYERS,
+        intermediate_size=args.hidden * 8 // 3,
+        num_heads=args.hidden // 64,
+        num_kv_heads=3 if args.hidden % 192 == 0 else 1,
+        head_dim=64,
+        vocab_size=args.vocab,
+        draft_vocab_size=args.vocab,
+        has_embedding=True,
+    )
+    module = Eagle3Module(config).eval().requires_grad_(False)
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    module.lm_head.weight *= 12
+    return module
+
+
+def make_v4(args: argparse.Namespace, preset_name: str) -> V4Target:
+    """A random V4 of the smallest preset's kinds of layers with its own draft, somewhat wider."""
+    config = replace(preset(preset_name), hidden_size=256, vocab_size=8192, num_hash_layers=1)
+    tensors = dict(random_tensors(config, seed=1, quantised=False))
+    source = DictSource(tensors)
+    model = V4Model(config, source, DictExperts(tensors), dtype=torch.float32)
+    return V4Target(model, name=preset_name, eos_token_ids=())
+
+
 def shares(args: argparse.Namespace) -> dict[str, object]:
-    """Share of the draft in the time of its rounds, by drafter."""
+    """Share of the draft in the time of its rounds, by drafter; V4's own on a V4 of 5 layers."""
     target = make_target(args, args.target_layers)
-    drafters: dict[str, Drafter] = {
+    pairs = {name: (target, drafter) for name, drafter in wrapped_drafters(args).items()}
+    for name, kind in (("V4's dspark", "v4-tiny-dspark"), ("V4's mtp", "v4-tiny-mtp")):
+        v4 = make_v4(args, kind)
+        own = v4.own_drafter()
+        if own is not None:
+            pairs[name] = (v4, own)
+    return {name: share_of(args, *pair) for name, pair in pairs.items()}
+
+
+def wrapped_drafters(args: argparse.Namespace) -> dict[str, Drafter]:
+    """Drafters for the random Llama."""
+    return {
         "dspark": DSparkDrafter(make_module(args, "vanilla")),
         "dflash": DSparkDrafter(make_module(args, "none"), name="dflash"),
+        "eagle3": Eagle3Drafter(make_eagle(args)),
         "lookup": LookupDrafter(),
         "model": ModelDrafter(make_target(args, args.layers), vocab_size=args.vocab),
     }
+
+
+def share_of(
+    args: argparse.Namespace, target: dspark.target.Target, drafter: Drafter
+) -> dict[str, float]:
+    """One drafter's share, and milliseconds of its rounds."""
     params = SamplingParams(max_tokens=args.tokens, ignore_eos=True, tree_budget=15)
     prompt = [7 + i % 50 for i in range(args.context)]
-    figures: dict[str, object] = {}
-    for name, drafter in drafters.items():
-        config = dspark.EngineConfig(auto_off=False)
-        engine = dspark.Engine(target, drafter=drafter, config=config)
-        engine.generate([prompt], SamplingParams(max_tokens=3))
-        (result,) = engine.generate([prompt], params)
-        stats = result.stats
-        total = stats.seconds_draft + stats.seconds_verify + stats.seconds_rest
-        figures[name] = {
-            "share": round(stats.seconds_draft / total, 3),
-            "draft ms": round(1e3 * stats.seconds_draft / stats.rounds, 1),
-            "round ms": round(1e3 * total / stats.rounds, 1),
-            "nodes": round(stats.proposed / stats.rounds, 1),
-        }
-    return figures
+    engine = dspark.Engine(target, drafter=drafter, config=dspark.EngineConfig(auto_off=False))
+    engine.generate([prompt], SamplingParams(max_tokens=3))
+    (result,) = engine.generate([prompt], params)
+    stats = result.stats
+    total = stats.seconds_draft + stats.seconds_verify + stats.seconds_rest
+    return {
+        "share": round(stats.seconds_draft / total, 3),
+        "draft ms": round(1e3 * stats.seconds_draft / stats.rounds, 1),
+        "round ms": round(1e3 * total / stats.rounds, 1),
+        "nodes": round(stats.proposed / stats.rounds, 1),
+    }
 
 
 def main() -> None:
