@@ -10,10 +10,8 @@ compares the tokens. The files are deleted afterwards unless `--keep` is given.
 What is limited is RLIMIT_DATA, set before anything is loaded: heap and every private writable
 mapping of the process, which is all memory that the system could not take back by itself. Not
 limited: pages of files that the system keeps in its page cache. RLIMIT_AS would also count address
-space that no memory stands behind, and RLIMIT_RSS does nothing on Linux. Linear layers other than
-experts are mapped from the files. The mapping is private and of whole files, so the limit counts
-every file that holds a layer's dense weights in full, touched or not: hence the small files here
-(`--shard-size`), where a release has one of several GB a layer.
+space that no memory stands behind, and RLIMIT_RSS does nothing on Linux. Everything but routed experts
+is mapped from the files, tensor by tensor, and counts.
 
 Pages of the checkpoint are dropped from the page cache before each run. An expert read again may
 still come from there: the machine has more memory than the limit. So the bandwidth in the report is
@@ -170,7 +168,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=cache_root() / "bench-v4-paging")
     parser.add_argument("--limit", default="2GB", help="RLIMIT_DATA")
     parser.add_argument("--expert-memory", default="600MB")
-    parser.add_argument("--shard-size", default="64MB")
+    parser.add_argument("--shard-size", default="1GB")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--keep", action="store_true", help="leave the checkpoint there")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)

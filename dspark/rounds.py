@@ -303,6 +303,8 @@ class RoundRunner:
         self._cache.commit(_slot(part.request), kept)
         if part.needs_scrub:
             self._cache.scrub(_slot(part.request))
+        if not part.request.params.draft:
+            return  # nobody will ask for its hidden states
         for layer, hidden in output.hidden.items():
             rows = hidden[[first_row + row for row in kept]]
             part.request.features.setdefault(layer, []).append(rows)

@@ -32,6 +32,7 @@ from dspark.errors import CheckpointError, ConfigError
 __all__ = ["INDEX_NAME", "Checkpoint", "Layout"]
 
 INDEX_NAME = "model.safetensors.index.json"
+_ROUTED = ".ffn.experts."  # in the names of what there are too many of to be mapped one by one
 _SHOWN = 5  # problems that an error lists by name
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS = (torch.int64, torch.int32)
@@ -115,7 +116,7 @@ class Checkpoint:
         Raises:
             CheckpointError: If it is not there.
         """
-        return self._map.tensor(self.piece(name))
+        return self._map.tensor(self.piece(name), with_file=_ROUTED in name)
 
     def stored(self, name: str) -> StoredWeight:
         """A weight and its scales, if it has any, as views of the files.

@@ -23,7 +23,7 @@ from torch import Tensor
 from dspark.base_model.checkpoint import Checkpoint
 from dspark.base_model.shards import Piece
 from dspark.base_model.stored import StoredWeight
-from dspark.errors import CheckpointError, ConfigError
+from dspark.errors import CapabilityError, CheckpointError, ConfigError
 
 __all__ = [
     "DictExperts",
@@ -240,7 +240,14 @@ class PagedExperts:
 
     def _read(self, plan: _Plan) -> ExpertWeights:
         begin = time.perf_counter()
-        buffer = torch.empty(plan.nbytes, dtype=torch.uint8)
+        try:
+            buffer = torch.empty(plan.nbytes, dtype=torch.uint8)
+        except (RuntimeError, MemoryError) as exc:  # how torch says that memory is out
+            raise CapabilityError(
+                f"there is no memory for one more expert of {plan.nbytes} bytes, with "
+                f"{self._bytes_held} bytes of experts held.",
+                hint="lower --expert-memory",
+            ) from exc
         tensors: dict[str, Tensor] = {}
         for name, piece, offset in plan.pieces:
             part = buffer[offset : offset + piece.nbytes]

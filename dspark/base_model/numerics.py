@@ -90,7 +90,8 @@ class Numerics:
         device, count = stored.weight.device, (stop - start) * stored.shape[1]
         scratch = self._scratch.get(device)
         if scratch is None or scratch.dtype != dtype or scratch.numel() < count:
-            scratch = torch.empty(count, dtype=dtype, device=device)
+            with torch.inference_mode(False):  # drafts in training use it, too
+                scratch = torch.empty(count, dtype=dtype, device=device)
             self._scratch[device] = scratch
         out = scratch[:count].view(stop - start, stored.shape[1])
         return stored.dequantise(dtype, start, stop, out=out)

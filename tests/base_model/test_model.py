@@ -98,20 +98,6 @@ def test_requests_in_one_batch_do_not_see_each_other() -> None:
     assert relative_error(together, alone) < 1e-9
 
 
-def test_moving_a_text_changes_only_layers_that_compress() -> None:
-    """Windows are relative; entries are cut at absolute places."""
-    for case, moves in (("sliding only", False), ("heavy only", True)):
-        config, weights, model = material(case, torch.float64)
-        config = {**config, "sliding_window": 64}
-        tokens = ids(config, 30, seed=4)
-        cache = model.new_cache()
-        first = feed(model, cache, open_slot(cache), tokens)
-        second = feed(model, cache, open_slot(cache), tokens[:1] + tokens)[1:]
-        last = relative_error(second[-1:], first[-1:])
-        assert (last > 1e-6) is moves
-        assert weights
-
-
 def test_captured_states_are_means_over_streams() -> None:
     config, weights, model = material("every kind", torch.float64)
     tokens = ids(config, 21, seed=5)

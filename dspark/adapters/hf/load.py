@@ -295,7 +295,7 @@ def _load_weights(
         )
     except SafetensorError as exc:
         raise CheckpointError(f"the weights in {folder} are damaged: {exc}") from exc
-    except (OSError, ValueError, KeyError, RuntimeError) as exc:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as exc:
         first = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
         raise CheckpointError(f"the weights in {folder} cannot be loaded: {first}") from exc
     finally:

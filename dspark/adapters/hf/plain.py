@@ -190,8 +190,8 @@ class PlainLoader:
                 hint="leave out --exact",
             )
         device = pick_device(options.device)
-        codec = load_codec(folder)
         model, eos = load_stock_model(folder, pick_dtype(options.dtype, device), device)
+        codec = load_codec(folder)
         eos = (*eos, *(codec.eos_token_ids if codec else ()))
         target = PlainTarget(model, name=options.name, eos_token_ids=tuple(dict.fromkeys(eos)))
         return LoadedTarget(target=target, codec=codec, folder=folder)
