@@ -10,8 +10,8 @@ compares the tokens. The files are deleted afterwards unless `--keep` is given.
 What is limited is RLIMIT_DATA, set before anything is loaded: heap and every private writable
 mapping of the process, which is all memory that the system could not take back by itself. Not
 limited: pages of files that the system keeps in its page cache. RLIMIT_AS would also count address
-space that no memory stands behind, and RLIMIT_RSS does nothing on Linux. Everything but routed experts
-is mapped from the files, tensor by tensor, and counts.
+space that no memory stands behind, and RLIMIT_RSS does nothing on Linux. Everything but routed
+experts is mapped from the files, tensor by tensor, and counts.
 
 Pages of the checkpoint are dropped from the page cache before each run. An expert read again may
 still come from there: the machine has more memory than the limit. So the bandwidth in the report is
