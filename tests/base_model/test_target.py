@@ -17,8 +17,8 @@ from dspark.registry import LoadedTarget, LoadOptions, load_target
 from dspark.target import SharesHead
 
 LAYOUTS = ("official", "transformers")
-GREEDY = SamplingParams(max_tokens=24)
-COUPLED = SamplingParams(max_tokens=24, temperature=1.0, seed=5)
+GREEDY = SamplingParams(max_tokens=14)
+COUPLED = SamplingParams(max_tokens=14, temperature=1.0, seed=5)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def loaded(v4_folders: dict[str, Path]) -> dict[str, LoadedTarget]:
 
 def prompts() -> list[list[int]]:
     rng = np.random.default_rng(3)
-    return [(rng.integers(6, 250, n).tolist() * 3)[: 2 * n + 3] for n in (1, 7, 19, 40)]
+    return [(rng.integers(6, 250, n).tolist() * 3)[: 2 * n + 3] for n in (1, 7, 19)]
 
 
 @pytest.mark.parametrize("params", [GREEDY, COUPLED], ids=["greedy", "coupled"])
@@ -46,7 +46,7 @@ def test_drafts_of_any_quality_leave_the_text_as_it_is(
         drafted = engine.generate(prompts(), params)
         assert [r.token_ids for r in drafted] == [r.token_ids for r in plain]
         taus.append(np.mean([r.stats.accepted_length for r in drafted]))
-    assert taus[0] > 2 > 1.2 > taus[1]
+    assert taus[0] > taus[1] + 0.5
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -54,7 +54,7 @@ def test_a_request_alone_gives_the_text_it_gives_in_a_batch_of_sixteen(
     loaded: dict[str, LoadedTarget], layout: str
 ) -> None:
     target = loaded[layout].target
-    many = Engine(target).generate(prompts() * 4, GREEDY)
+    many = Engine(target).generate((prompts() * 6)[:16], GREEDY)
     for prompt, result in zip(prompts(), many, strict=False):
         assert Engine(target).generate([prompt], GREEDY)[0].token_ids == result.token_ids
 

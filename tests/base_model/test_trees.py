@@ -16,7 +16,7 @@ from dspark.target import TokenBatch
 from tests.base_model import oracle
 from tests.base_model.build import build_model, feed, open_slot, part_of, relative_error, run
 
-SETTINGS = settings(max_examples=25, deadline=None, derandomize=True)
+SETTINGS = settings(max_examples=16, deadline=None, derandomize=True)
 VOCAB = 97
 parents = st.lists(st.integers(0, 100), min_size=0, max_size=14).map(
     lambda picks: [-1, *(pick % (row + 1) for row, pick in enumerate(picks))]
