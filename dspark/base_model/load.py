@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,15 +103,14 @@ def decide_exactness(target: V4Target, options: LoadOptions, fingerprint: str) -
             "its kernels give a row other bits in other company.",
             hint="leave out --exact, or try another --dtype",
         )
-    target.set_exactness(
-        exactness.report(
-            wanted=options.exact,
-            holds=holds,
-            min_rows=target.min_rows,
-            backend="torch",
-            cost=cost,
-        )
+    report = exactness.report(
+        wanted=options.exact,
+        holds=holds,
+        min_rows=target.min_rows,
+        backend="torch",
+        cost=cost,
     )
+    target.set_exactness(report if report.enabled else replace(report, min_rows=1))
 
 
 def _generation_settings(folder: Path) -> dict[str, float]:
