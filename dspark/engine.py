@@ -421,7 +421,12 @@ class Engine:
             # What it shares holds more memory than it saves: start without.
             self._cache.forget_kept()
             slot, shared = self._cache.open([])
-            self._cache.reserve(slot, rows)
+            try:
+                self._cache.reserve(slot, rows)
+            except DsparkError as again:
+                self._cache.release(slot)
+                request.fail(again.message, again.hint)
+                return True
         request.slot = slot
         request.stats.shared_prefix = shared
         request.phase = Phase.PREFILL
@@ -435,6 +440,7 @@ class Engine:
                 self._cache.release(request.slot)
                 request.slot = None
             self._drafter.release(request.request_id)
+            request.features.clear()
             request.stats.seconds_total = time.perf_counter() - request.submitted_at
         if done:
             self._active = [r for r in self._active if r.phase is not Phase.DONE]

@@ -178,7 +178,10 @@ def _model_drafter(spec: str, folder: Path, loaded: LoadedTarget, options: LoadO
     from dspark.draft.model import ModelDrafter
 
     # A draft never decides about the text, so exact mode would only slow it down.
-    draft = load_target(folder, replace(options, name=spec, exact=False))
+    device = options.device.split(",")[-1].strip()
+    draft = load_target(
+        folder, replace(options, name=spec, exact=False, device=device, expert_memory=None)
+    )
     mine, theirs = loaded.target.info.vocab_size, draft.target.info.vocab_size
     if mine != theirs:
         raise ConfigError(

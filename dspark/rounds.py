@@ -112,7 +112,8 @@ class RoundRunner:
             return
         batch = TokenBatch.build([part.part for part in parts])
         forward_at = time.perf_counter()
-        output = self._target.forward(batch, self._cache, capture=self._drafter.capture)
+        capture = () if self._drafter_failed else self._drafter.capture
+        output = self._target.forward(batch, self._cache, capture=capture)
         if output.logits.device.type != "cpu":
             torch.accelerator.synchronize(output.logits.device)
         forward_end = time.perf_counter()

@@ -215,7 +215,9 @@ class V4Cache:
             _commit_lane(lane, state.lanes[ratio], rows, pending.closing[ratio], state.length)
         state.tokens.extend(pending.tokens[row] for row in path)
         state.pending = None
-        self._shrink(state, rows=_STAGED_ROWS)
+        # What admission promised stays, where others could take it.
+        promised = 0 if self._limit is None else min(state.room - state.length, _CHUNK_ROWS)
+        self._shrink(state, rows=max(_STAGED_ROWS, promised))
 
     def length(self, slot: int) -> int:
         """Committed tokens of the slot."""

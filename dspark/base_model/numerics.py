@@ -185,6 +185,7 @@ def stable_top(scores: Tensor, count: int) -> Tensor:
     Returns:
         bool [n, E]; fewer than `count` are chosen in a row with fewer finite scores.
     """
+    scores = scores.nan_to_num(torch.inf, posinf=torch.inf, neginf=-torch.inf)  # NaN must show
     allowed = scores > -torch.inf
     if scores.shape[1] <= count:
         return allowed

@@ -120,9 +120,11 @@ class RowPool:
 
     def _grow(self, pages: int) -> None:
         grown = {}
-        for key, stack in self._stacks.items():
-            extra = stack.new_zeros(stack.shape[0], pages * self.page_rows, stack.shape[2])
-            grown[key] = torch.cat((stack, extra), dim=1)
+        # A forward may make it grow, in inference mode, and a commit writes to it outside of that.
+        with torch.inference_mode(False):
+            for key, stack in self._stacks.items():
+                extra = stack.new_zeros(stack.shape[0], pages * self.page_rows, stack.shape[2])
+                grown[key] = torch.cat((stack, extra), dim=1)
         self._stacks = grown
         for page in range(self._pages, self._pages + pages):
             heapq.heappush(self._free, page)

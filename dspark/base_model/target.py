@@ -87,12 +87,12 @@ class V4Target:
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Embeddings [n, D] of token ids int64 [n]; see `dspark.target.SharesHead`."""
-        return self.model.embed(token_ids)
+        return self.model.embed(token_ids).to(self.model.devices[-1])
 
     @torch.inference_mode()
     def unembed(self, hidden: Tensor) -> Tensor:
         """Logits [n, V] of normed hidden states [n, D]; see `dspark.target.SharesHead`."""
-        return self.model.head(hidden)
+        return self.model.head(hidden.to(self.model.devices[-1]))
 
     def own_drafter(self) -> Drafter | None:
         """The drafter over the checkpoint's own `mtp.*` blocks, None if it has none.

@@ -55,7 +55,8 @@ def load_eagle3(
     tensors = _read_tensors(folder)
     shape = read_config(raw, target.info, has_embedding="embed_tokens.weight" in tensors)
     module = _build(shape, tensors, folder, tied=raw.get("tie_word_embeddings") is True)
-    module.to(device=target.info.device, dtype=getattr(torch, target.info.dtype))
+    device = target.info.device.rpartition(", ")[2]  # a split target's head is on the last one
+    module.to(device=device, dtype=getattr(torch, target.info.dtype))
     embed = getattr(target, "embed", None)
     if embed is None and not shape.has_embedding:
         raise CapabilityError(

@@ -124,6 +124,18 @@ def test_released_requests_make_room_for_new_ones() -> None:
         assert cache.usage().bytes <= 900_000
 
 
+def test_a_chunk_longer_than_was_staged_for_can_be_committed() -> None:
+    """The pools grow inside the forward; what they grow must be writable outside of it."""
+    tokens = text(600)
+    cache = model().new_cache()
+    slot = open_slot(cache)
+    whole = feed(model(), cache, slot, tokens)
+    other = model().new_cache()
+    parts = feed(model(), other, open_slot(other), tokens, (250, 250))
+    assert relative_error(whole[-1:], parts[-1:]) < 1e-9
+    assert cache.length(slot) == 600
+
+
 def test_refusals() -> None:
     cache = model().new_cache()
     slot = open_slot(cache)

@@ -173,7 +173,8 @@ def _build(
         module = DSparkModule(config, vocab, shares)
     _check_tensors(module.state_dict(), tensors, folder)
     dtype = getattr(torch, target.info.dtype)
-    ready = {name: tensor.to(target.info.device, dtype) for name, tensor in tensors.items()}
+    device = target.info.device.rpartition(", ")[2]  # a split target's head is on the last one
+    ready = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
     module.load_state_dict(ready, assign=True)
     return module.eval().requires_grad_(False)
 
