@@ -18,40 +18,14 @@ from torch import Tensor
 from dspark.base_model.mtp import MTPModule
 from dspark.draft.base import DraftContext
 from dspark.draft.feed import WarnOnce, feed, history_of
-from dspark.draft.grow import Growth, Limits, grow
-from dspark.errors import ConfigError
+from dspark.draft.grow import Growth, GrowthConfig, grow
 from dspark.target import BatchPart, TokenBatch
 from dspark.tree import Proposal
 
-__all__ = ["MTPDrafter", "MTPDrafterConfig"]
+__all__ = ["MTPDrafter"]
 
 _CHUNK = 512
 """Pairs of a request that are run at once."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MTPDrafterConfig:
-    """Settings of the drafter.
-
-    Attributes:
-        width: Children per node at the most where the request does not say, >= 1.
-        beams: Nodes to expand per level at the most (greedy, coupled, sample-match), >= 1.
-        min_survival: Nodes less likely than this are not expanded, in [0, 1) (the same rules).
-
-    Raises:
-        ConfigError: If a value is outside its range.
-    """
-
-    width: int = 4
-    beams: int = 4
-    min_survival: float = 0.05
-
-    def __post_init__(self) -> None:
-        for name in ("width", "beams"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, but must be >= 1.")
-        if not 0 <= self.min_survival < 1:
-            raise ConfigError(f"min_survival is {self.min_survival}, but must be in [0, 1).")
 
 
 @dataclass(slots=True)
@@ -101,15 +75,16 @@ class MTPDrafter:
     Args:
         module: The module.
         streams_layer: What to capture of the target: all streams behind its last layer.
-        config: Settings.
+        config: Settings; by default unlikely nodes are expanded less than by other drafters, since
+            the module was trained for one step ahead.
     """
 
     def __init__(
-        self, module: MTPModule, *, streams_layer: int, config: MTPDrafterConfig | None = None
+        self, module: MTPModule, *, streams_layer: int, config: GrowthConfig | None = None
     ) -> None:
         self._module = module
         self._layer = streams_layer
-        self._config = config or MTPDrafterConfig()
+        self._config = config or GrowthConfig(min_survival=0.05)
         self._cache = module.new_cache()
         self._tracks: dict[int, _Track] = {}
         self._warn = WarnOnce("mtp")
@@ -141,7 +116,9 @@ class MTPDrafter:
                 self._warn("hidden states of the target are missing", "nothing is drafted.")
             elif context.budget > 0 and context.depth > 0:
                 track = self._tracks[context.request_id]
-                job = _Job(context, track, grow(context, self._limits(context)))
+                job = _Job(
+                    context, track, grow(context, self._config.limits(context, context.depth))
+                )
                 job.outputs[-1] = output
                 jobs[place] = job
         live = [job for job in jobs.values() if job.growth.frontier()]
@@ -166,16 +143,6 @@ class MTPDrafter:
         if track is not None:
             self._cache.release(track.slot)
             self._cache.forget_kept()  # nothing of it could be shared
-
-    def _limits(self, context: DraftContext) -> Limits:
-        config = self._config
-        return Limits(
-            budget=context.budget,
-            depth=context.depth,
-            width=config.width if context.width is None else context.width,
-            beams=config.beams,
-            min_survival=config.min_survival,
-        )
 
     def _follow(self, contexts: Sequence[DraftContext]) -> dict[int, Tensor]:
         """Run and commit all new pairs; output streams [N, D] of every request's newest pair."""

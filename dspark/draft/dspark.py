@@ -31,7 +31,7 @@ from dspark.draft.block_module import BlockModule
 from dspark.draft.draft_cache import ContextCache, common_length
 from dspark.draft.dspark_config import Window
 from dspark.draft.feed import WarnOnce, feed, history_of
-from dspark.draft.grow import Growth, Limits, grow
+from dspark.draft.grow import Growth, GrowthConfig, grow
 from dspark.errors import ConfigError
 from dspark.tree import Proposal
 
@@ -44,31 +44,25 @@ _NewRows: TypeAlias = tuple[ContextCache, Sequence[int], Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DSparkDrafterConfig:
-    """Settings of the drafter.
+class DSparkDrafterConfig(GrowthConfig):
+    """Settings of the drafter: those of `GrowthConfig`, and one more.
 
     Attributes:
-        width: Children per node at the most where the request does not say, >= 1.
-        beams: Nodes to expand per level at the most, >= 1 (greedy, coupled, sample-match). Three
-            rows are what a CPU multiplies for the price of one (benchmarks/draft_cost.py).
-        min_survival: Nodes less likely than this are not expanded, in [0, 1) (the same rules).
+        beams: As there. Three rows are what a CPU multiplies for the price of one
+            (benchmarks/draft_cost.py).
         kept_positions: Context positions of released requests to keep for later ones.
 
     Raises:
         ConfigError: If a value is outside its range.
     """
 
-    width: int = 4
     beams: int = 3
-    min_survival: float = 0.02
     kept_positions: int = 8192
 
     def __post_init__(self) -> None:
-        for name, least in (("width", 1), ("beams", 1), ("kept_positions", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} is {getattr(self, name)}, but must be >= {least}.")
-        if not 0 <= self.min_survival < 1:
-            raise ConfigError(f"min_survival is {self.min_survival}, but must be in [0, 1).")
+        GrowthConfig.__post_init__(self)
+        if self.kept_positions < 0:
+            raise ConfigError(f"kept_positions is {self.kept_positions}, but must be >= 0.")
 
 
 class _Job:
@@ -174,7 +168,8 @@ class DSparkDrafter:
             if cache.length != len(context.tokens) - 1:
                 self._warn("hidden states of the target are missing", "nothing is drafted.")
             elif context.budget > 0 and context.depth > 0:
-                jobs[place] = _Job(context, cache, grow(context, self._limits(context)))
+                limits = self._config.limits(context, self._module.config.gamma)
+                jobs[place] = _Job(context, cache, grow(context, limits))
         if jobs:
             blocks = self._run(list(jobs.values()))
             live = [job for job in jobs.values() if job.is_sound]
@@ -199,16 +194,6 @@ class DSparkDrafter:
         total = sum(kept.length for kept in self._released.values())
         while total > self._config.kept_positions:
             total -= self._released.popitem(last=False)[1].length
-
-    def _limits(self, context: DraftContext) -> Limits:
-        config = self._config
-        return Limits(
-            budget=context.budget,
-            depth=min(context.depth, self._module.config.gamma),
-            width=config.width if context.width is None else context.width,
-            beams=config.beams,
-            min_survival=config.min_survival,
-        )
 
     # -- context ------------------------------------------------------------------------------
 

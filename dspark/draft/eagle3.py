@@ -18,7 +18,6 @@ V target vocabulary, W draft vocabulary.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -30,41 +29,16 @@ from dspark.draft.base import DraftContext
 from dspark.draft.eagle3_format import is_eagle3, load_eagle3
 from dspark.draft.eagle3_module import Attend, Eagle3Module
 from dspark.draft.eagle3_state import DraftState
-from dspark.draft.grow import Growth, Limits, grow
-from dspark.errors import CapabilityError, ConfigError, DsparkError, ShapeError
+from dspark.draft.feed import WarnOnce, feed, history_of
+from dspark.draft.grow import Growth, GrowthConfig, grow
+from dspark.errors import CapabilityError, ShapeError
 from dspark.tree import Proposal
-from dspark.verify import sampling
 
-__all__ = ["Eagle3Drafter", "Eagle3DrafterConfig", "is_eagle3", "load_eagle3"]
+__all__ = ["Eagle3Drafter", "is_eagle3", "load_eagle3"]
 
 _log = logging.getLogger(__name__)
 
 _CHUNK = 512  # rows absorbed by a forward at the most: its input is several hidden states wide
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Eagle3DrafterConfig:
-    """Settings of the EAGLE-3 drafter.
-
-    Attributes:
-        width: Children per node at the most where the request does not say, >= 1.
-        beams: Nodes to expand per level at the most, >= 1 (greedy, coupled, sample-match).
-        min_survival: Nodes less likely than this are not expanded, in [0, 1) (the same rules).
-
-    Raises:
-        ConfigError: If a value is outside its range.
-    """
-
-    width: int = 4
-    beams: int = 4
-    min_survival: float = 0.02
-
-    def __post_init__(self) -> None:
-        for name, value in (("width", self.width), ("beams", self.beams)):
-            if value < 1:
-                raise ConfigError(f"{name} is {value}, but must be an integer >= 1.")
-        if not 0 <= self.min_survival < 1:
-            raise ConfigError(f"min_survival is {self.min_survival}, but must be in [0, 1).")
 
 
 @dataclass(eq=False, slots=True)
@@ -101,10 +75,7 @@ class _Job:
         self.row = {-1: -1}  # node -> its column behind the committed ones
         self.above: dict[int, list[int]] = {-1: []}  # node -> columns of its path, its own too
         self.features = first  # [1 + nodes run, D], the anchor's first
-        self.history: sampling.History | None = None
-        if sampling.has_history(context.params):
-            tokens, prompt = context.tokens, context.prompt_length
-            self.history = sampling.History(tokens[:prompt], tokens[prompt:])
+        self.history = history_of(context)
 
     def advance(self) -> bool:
         """Choose the nodes to run next; False when the tree is done."""
@@ -152,7 +123,7 @@ class Eagle3Drafter:
         module: Eagle3Module,
         *,
         embed: Callable[[Tensor], Tensor] | None = None,
-        config: Eagle3DrafterConfig | None = None,
+        config: GrowthConfig | None = None,
     ) -> None:
         if embed is None and not module.config.has_embedding:
             raise CapabilityError(
@@ -161,11 +132,11 @@ class Eagle3Drafter:
             )
         self._module = module.eval()
         self._lent_embed = None if module.config.has_embedding else embed
-        self._config = config or Eagle3DrafterConfig()
+        self._config = config or GrowthConfig()
         self._capture = tuple(sorted(set(module.config.target_layers)))
         self._target_ids = module.target_ids()
         self._states: dict[int, DraftState] = {}
-        self._warned: set[str] = set()
+        self._warn = WarnOnce("eagle3")
 
     @property
     def name(self) -> str:
@@ -300,7 +271,9 @@ class Eagle3Drafter:
         is_sound = x.isfinite().all(dim=1)
         all_sound = bool(is_sound.all())
         if not all_sound:
-            self._warn("hidden states of the target are not finite", None)
+            self._warn(
+                "hidden states of the target are not finite", "no tokens are drafted after them."
+            )
         row = 0
         for backlog, start, stop in chunk:
             rows = slice(row, row + stop - start)
@@ -319,13 +292,7 @@ class Eagle3Drafter:
         state = self._states[context.request_id]
         if state.feature is None or context.depth < 1 or context.budget < 1:
             return None
-        limits = Limits(
-            budget=context.budget,
-            depth=context.depth,
-            width=self._config.width if context.width is None else context.width,
-            beams=self._config.beams,
-            min_survival=self._config.min_survival,
-        )
+        limits = self._config.limits(context, context.depth)
         return _Job(context, state, grow(context, limits), state.feature)
 
     def _level(self, jobs: Sequence[_Job]) -> None:
@@ -366,28 +333,9 @@ class Eagle3Drafter:
         return attend
 
     def _feed(self, job: _Job, logits: Tensor) -> None:
-        """Shape the rows of one request's frontier and hand them to its tree."""
-        nodes = job.frontier
-        logits = self._widen(logits)
-        # Leaving single nodes unexpanded asks only what was known before their children are drawn.
-        is_sound = [math.isfinite(top) for top in logits.amax(dim=1).tolist()]
-        if not all(is_sound):
-            self._warn("the draft's logits are not finite", None)
-            nodes = [node for node, ok in zip(nodes, is_sound, strict=True) if ok]
-            logits = logits[torch.tensor(is_sound, device=logits.device)]
-        if not nodes:
-            return
-        paths = histories = None
-        if job.history is not None:
-            histories = [job.history] * len(nodes)
-            paths = [job.growth.tree.path_tokens(node) for node in nodes]
-        try:
-            params = [job.context.params] * len(nodes)
-            shaped = sampling.shape_logits(logits, params, histories, paths)
-        except DsparkError as error:  # the target will meet it too, and report it
-            self._warn("the draft's logits cannot be shaped", error)
-            return
-        job.growth.take(nodes, shaped)
+        """Hand the rows of one request's frontier to its tree."""
+        rows = self._widen(logits)
+        feed(job.growth, job.context, job.history, job.frontier, rows, self._warn)
 
     # -- small things -------------------------------------------------------------------------
 
@@ -406,13 +354,6 @@ class Eagle3Drafter:
 
     def _ids(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._module.fc.weight.device)
-
-    def _warn(self, what: str, error: DsparkError | None) -> None:
-        """Say once what keeps the draft from drafting."""
-        if what not in self._warned:
-            self._warned.add(what)
-            detail = error.message if error is not None else "no tokens are drafted after them."
-            _log.warning("eagle3: %s: %s", what, detail)
 
 
 def _chunks(backlogs: Sequence[_Backlog]) -> Iterator[list[tuple[_Backlog, int, int]]]:

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from dspark.draft.eagle3_config import Layout, is_eagle3, read_config, write_config
 from dspark.draft.eagle3_module import Eagle3Config, Eagle3Module
+from dspark.draft.grow import GrowthConfig
 from dspark.errors import CapabilityError, CheckpointError
 from dspark.target import Target
 
 if TYPE_CHECKING:
-    from dspark.draft.eagle3 import Eagle3Drafter, Eagle3DrafterConfig
+    from dspark.draft.eagle3 import Eagle3Drafter
 
 __all__ = ["Layout", "is_eagle3", "load_eagle3", "save_eagle3"]
 
@@ -31,7 +32,7 @@ _UNUSED = ("verifier_norm.weight", "verifier_lm_head.weight")  # the target's, f
 
 
 def load_eagle3(
-    folder: Path, target: Target, *, config: Eagle3DrafterConfig | None = None
+    folder: Path, target: Target, *, config: GrowthConfig | None = None
 ) -> Eagle3Drafter:
     """Load an EAGLE-3 draft for a target.
 

@@ -35,12 +35,13 @@ import numpy as np
 import torch
 
 from dspark.draft.base import DraftContext
+from dspark.errors import ConfigError
 from dspark.request import Rule
 from dspark.tree import DraftTree, Proposal
 from dspark.tree_build import TreeGrower, best_first
 from dspark.verify import noise, sampling
 
-__all__ = ["DrawnGrowth", "Growth", "Limits", "RankedGrowth", "drawn_shape", "grow"]
+__all__ = ["DrawnGrowth", "Growth", "GrowthConfig", "Limits", "RankedGrowth", "drawn_shape", "grow"]
 
 _EXTRA = 4  # perturbed candidates looked at beyond the width, for the share of those left out
 
@@ -62,6 +63,41 @@ class Limits:
     width: int
     beams: int
     min_survival: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrowthConfig:
+    """Settings that every drafter that grows trees has.
+
+    Attributes:
+        width: Children per node at the most where the request does not say, >= 1.
+        beams: Nodes to expand per level at the most, >= 1 (greedy, coupled, sample-match).
+        min_survival: Nodes less likely than this are not expanded, in [0, 1) (the same rules).
+
+    Raises:
+        ConfigError: If a value is outside its range.
+    """
+
+    width: int = 4
+    beams: int = 4
+    min_survival: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name, value in (("width", self.width), ("beams", self.beams)):
+            if value < 1:
+                raise ConfigError(f"{name} is {value}, but must be an integer >= 1.")
+        if not 0 <= self.min_survival < 1:
+            raise ConfigError(f"min_survival is {self.min_survival}, but must be in [0, 1).")
+
+    def limits(self, context: DraftContext, depth: int) -> Limits:
+        """How far a request's proposal may grow, with paths of `depth` at the most."""
+        return Limits(
+            budget=context.budget,
+            depth=min(context.depth, depth),
+            width=self.width if context.width is None else context.width,
+            beams=self.beams,
+            min_survival=self.min_survival,
+        )
 
 
 class Growth(Protocol):

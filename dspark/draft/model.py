@@ -11,46 +11,20 @@ Letters: R rows whose logits are asked for, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from dspark.cache import Cache
 from dspark.draft.base import DraftContext
 from dspark.draft.feed import WarnOnce, feed, history_of
-from dspark.draft.grow import Growth, Limits, grow
+from dspark.draft.grow import Growth, GrowthConfig, grow
 from dspark.errors import CapabilityError, ConfigError
 from dspark.target import BatchPart, Target, TokenBatch
 from dspark.tree import Proposal
 
-__all__ = ["ModelDrafter", "ModelDrafterConfig"]
+__all__ = ["ModelDrafter"]
 
 _CHUNK = 512  # rows of a catch-up forward at the most
 _RIDE = 64  # a backlog up to this many tokens rides along with the first level
 _TAIL = 16  # tokens compared to see that a context still extends what was seen
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelDrafterConfig:
-    """Settings of the model drafter.
-
-    Attributes:
-        width: Children per node at the most where the request does not say, >= 1.
-        beams: Nodes to expand per level at the most, >= 1 (greedy, coupled, sample-match).
-        min_survival: Nodes less likely than this are not expanded, in [0, 1) (the same rules).
-
-    Raises:
-        ConfigError: If a value is outside its range.
-    """
-
-    width: int = 4
-    beams: int = 4
-    min_survival: float = 0.02
-
-    def __post_init__(self) -> None:
-        for name, value in (("width", self.width), ("beams", self.beams)):
-            if value < 1:
-                raise ConfigError(f"{name} is {value}, but must be an integer >= 1.")
-        if not 0 <= self.min_survival < 1:
-            raise ConfigError(f"min_survival is {self.min_survival}, but must be in [0, 1).")
 
 
 class _Job:
@@ -104,7 +78,7 @@ class ModelDrafter:
     """
 
     def __init__(
-        self, model: Target, *, vocab_size: int, config: ModelDrafterConfig | None = None
+        self, model: Target, *, vocab_size: int, config: GrowthConfig | None = None
     ) -> None:
         info = model.info
         if info.vocab_size != vocab_size:
@@ -116,7 +90,7 @@ class ModelDrafter:
         if not info.can_verify_trees:
             raise CapabilityError(f"{info.name} can only decode plainly, so it cannot draft.")
         self._model = model
-        self._config = config or ModelDrafterConfig()
+        self._config = config or GrowthConfig()
         self._cache: Cache = model.new_cache()
         self._slots: dict[int, int] = {}
         self._tails: dict[int, tuple[int, list[int]]] = {}  # context length, its last tokens
@@ -184,13 +158,7 @@ class ModelDrafter:
                 return None
             self._slots[context.request_id] = slot
         self._tails[context.request_id] = (size, list(context.tokens[-_TAIL:]))
-        limits = Limits(
-            budget=context.budget,
-            depth=depth,
-            width=self._config.width if context.width is None else context.width,
-            beams=self._config.beams,
-            min_survival=self._config.min_survival,
-        )
+        limits = self._config.limits(context, depth)
         return _Job(context, slot, self._cache.length(slot), grow(context, limits))
 
     def _reserve(self, jobs: Iterable[_Job], rows: Mapping[int, int]) -> list[_Job]:

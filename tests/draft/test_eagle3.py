@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import dspark
 from dspark.draft.base import Drafter, Observer
-from dspark.draft.eagle3 import Eagle3Drafter, Eagle3DrafterConfig
+from dspark.draft.eagle3 import Eagle3Drafter
 from dspark.draft.eagle3_format import is_eagle3, load_eagle3, save_eagle3
 from dspark.draft.eagle3_module import Eagle3Config, Eagle3Module
+from dspark.draft.grow import GrowthConfig
 from dspark.errors import CapabilityError, CheckpointError, ConfigError, DsparkError, ShapeError
 from dspark.request import Rule, SamplingParams
 from dspark.target import TargetInfo
@@ -93,7 +94,7 @@ def features(module, request, start, stop):
 
 
 def drafter_of(module, **config):
-    config = Eagle3DrafterConfig(**config)
+    config = GrowthConfig(**config)
     return Eagle3Drafter(module, embed=lend, config=config)
 
 
@@ -148,7 +149,7 @@ def test_trees_and_logits_are_those_of_the_reference(make_context, kind, rule):
     for context, proposal in zip(contexts, drafter.propose(contexts), strict=True):
         proposal.validate()
         oracle = Oracle(module, context)
-        expected = naive_ranked(oracle, context, Eagle3DrafterConfig(beams=3))
+        expected = naive_ranked(oracle, context, GrowthConfig(beams=3))
         assert set(paths_of(proposal.tree)) == set(expected)
         for path, worth in zip(paths_of(proposal.tree), proposal.tree.survival, strict=True):
             assert worth == pytest.approx(expected[path], rel=1e-3)
@@ -535,7 +536,7 @@ def test_scaled_rope_is_built_on_any_device(kind):
 @pytest.mark.parametrize("options", [{"width": 0}, {"beams": 0}, {"min_survival": 1.0}])
 def test_bad_settings_are_refused(options):
     with pytest.raises(ConfigError):
-        Eagle3DrafterConfig(**options)
+        GrowthConfig(**options)
 
 
 def test_what_is_not_eagle3_is_not_taken_for_it():

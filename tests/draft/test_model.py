@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dspark.draft.base import Drafter
-from dspark.draft.grow import drawn_shape
-from dspark.draft.model import ModelDrafter, ModelDrafterConfig
+from dspark.draft.grow import GrowthConfig, drawn_shape
+from dspark.draft.model import ModelDrafter
 from dspark.draft.none import NoDrafter
 from dspark.errors import ConfigError
 from dspark.request import Rule
@@ -86,7 +86,7 @@ def test_ranked_trees_equal_the_naive_ones(
     toy_target, make_context, seed, rule, budget, depth, width, beams
 ):
     target = toy_target(seed=seed)
-    config = ModelDrafterConfig(beams=beams)
+    config = GrowthConfig(beams=beams)
     drafter = ModelDrafter(target, vocab_size=7, config=config)
     params = {"top_k": 5} if seed % 2 else {}
     contexts = [
@@ -231,7 +231,7 @@ def test_a_rewritten_context_gets_a_new_slot(toy_target, make_context):
 
 
 def test_processors_that_look_at_history_see_the_path(toy_target, make_context):
-    config = ModelDrafterConfig(min_survival=0.0)
+    config = GrowthConfig(min_survival=0.0)
     drafter = ModelDrafter(toy_target(scale=0.01), vocab_size=7, config=config)
     context = make_context([1, 2], params={"presence_penalty": 2.0}, width=1, depth=5)
     tokens = drafter.propose([context])[0].tree.token.tolist()
@@ -308,7 +308,7 @@ def test_survival_of_coupled_candidates_is_a_share(toy_target, make_context):
 )
 def test_bad_settings_are_refused(options):
     with pytest.raises(ConfigError):
-        ModelDrafterConfig(**options)
+        GrowthConfig(**options)
 
 
 def test_drafters_meet_the_protocol(toy_target, make_context):
