@@ -87,6 +87,15 @@ class TextCodec:
             raise DataError(f"the chat template refuses these messages: {exc}") from exc
         return [int(i) for i in ids]
 
+    def assistant_message(self, text: str, token_ids: Sequence[int]) -> dict[str, Any]:
+        """The chat message that an answer makes, for the next turn.
+
+        Args:
+            text: The answer as it was shown.
+            token_ids: Its tokens, for models whose special tokens structure the answer.
+        """
+        return {"role": "assistant", "content": text}
+
     def with_reasoning(self, think: bool | None, effort: str | None) -> TextCodec:
         """A codec whose chat prompts ask the model to think, or not.
 

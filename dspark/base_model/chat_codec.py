@@ -132,6 +132,25 @@ class V4Codec(TextCodec):
         """
         return parse_completion(text, mode=self._settings.mode)
 
+    def assistant_message(self, text: str, token_ids: Sequence[int]) -> dict[str, Any]:
+        """The message of an answer, its reasoning and tool calls taken apart.
+
+        An answer that was cut off, or does not keep to the layout, is split where its thinking
+        ends; if it never ends, all of it is reasoning.
+        """
+        raw: str = self._tokenizer.decode(
+            list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        try:
+            return self.parse(raw if EOS in raw else raw + EOS).to_dict()
+        except DataError:
+            pass
+        if self._settings.mode is not ReasoningMode.THINKING:
+            return super().assistant_message(text, token_ids)
+        reasoning, _, content = raw.partition(THINK_END)
+        content = content.replace(EOS, "")
+        return {"role": "assistant", "content": content, "reasoning_content": reasoning}
+
     def check_context(self, max_positions: int) -> None:
         """Warn if effort max has less room than it was made for.
 

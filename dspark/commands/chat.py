@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -108,7 +108,7 @@ class Talk:
         self._params = params
         self._console = console
         self._system = [] if system is None else [{"role": "system", "content": system}]
-        self._messages: list[dict[str, str]] = []
+        self._messages: list[dict[str, Any]] = []
         self._last: GenerationResult | None = None
         self._tint = tint and sys.stdout.isatty()
 
@@ -196,7 +196,10 @@ class Talk:
         sys.stdout.write("\n")
         sys.stdout.flush()
         self._last = request.result()
-        self._messages.append({"role": "assistant", "content": self._last.text})
+        codec = self._engine.codec
+        if codec is not None:  # a chat without one was refused
+            message = codec.assistant_message(self._last.text, self._last.token_ids)
+            self._messages.append(message)
 
     def _turn_params(self, turn: int) -> SamplingParams:
         """Each turn has a seed of its own, derived from the talk's."""

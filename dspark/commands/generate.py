@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dspark.engine import Engine
+    from dspark.text import TextCodec
 
 __all__ = ["generate"]
 
@@ -136,7 +137,8 @@ def generate(  # noqa: PLR0913 - one parameter per option is how Typer works
         results = [_stream(engine, prompts[0], params, show_accepted=show_accepted)]
     else:
         results = _run_all(engine, prompts, params)
-        _print_all(results, as_json=as_json, console=console)
+        is_chat = not isinstance(prompts[0], str)
+        _print_all(results, as_json, console, engine.codec if is_chat else None)
     if stats:
         ui.print_stats(console, engine, results)
     if any(result.error for result in results):
@@ -260,8 +262,13 @@ def _stream(
     return request.result() if result is None else result
 
 
-def result_json(result: GenerationResult) -> dict[str, Any]:
-    """A result as the object that --json prints."""
+def result_json(result: GenerationResult, codec: TextCodec | None = None) -> dict[str, Any]:
+    """A result as the object that --json prints.
+
+    Args:
+        result: The result.
+        codec: Of a chat answer; if it finds reasoning or tool calls in it, they stand in "message".
+    """
     stats = asdict(result.stats)
     stats.pop("round_log")
     stats["accepted_length"] = result.stats.accepted_length
@@ -274,6 +281,10 @@ def result_json(result: GenerationResult) -> dict[str, Any]:
         "seed": result.seed,
         "stats": stats,
     }
+    if codec is not None and result.error is None:
+        message = codec.assistant_message(result.text, result.token_ids)
+        if message.keys() - {"role", "content"}:
+            out["message"] = message
     if result.logprobs is not None:
         out["logprobs"] = [
             {"token_id": item.token_id, "logprob": item.logprob, "top": item.top}
@@ -284,10 +295,12 @@ def result_json(result: GenerationResult) -> dict[str, Any]:
     return out
 
 
-def _print_all(results: list[GenerationResult], *, as_json: bool, console: Console) -> None:
+def _print_all(
+    results: list[GenerationResult], as_json: bool, console: Console, codec: TextCodec | None
+) -> None:
     for result in results:
         if as_json:
-            print(json.dumps(result_json(result), ensure_ascii=False))
+            print(json.dumps(result_json(result, codec), ensure_ascii=False))
         elif result.error is None:
             if len(results) > 1:
                 name = f"prompt {result.prompt_index}, sample {result.sample_index}"

@@ -102,6 +102,16 @@ def test_generate_with_lookup_equals_plain_decoding(
     assert len(out[0]["token_ids"]) == 20
 
 
+def test_json_holds_the_reasoning_of_a_chat_answer(
+    v4_folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--target", v4_folders["official"], "--think", "--max-tokens", "5", "--json"]
+    assert run("generate", "hi", "--no-exact", *words) == 0
+    out = json.loads(capsys.readouterr().out)
+    assert out["message"]["role"] == "assistant"
+    assert out["message"]["reasoning_content"]
+
+
 def test_sampling_is_at_temperature_one_by_default(v4_folders: dict[str, Path]) -> None:
     engine = load_engine(v4_folders["official"], "none", exact=False)
     assert engine.sampling_defaults == {"temperature": 1.0, "top_p": 1.0}
@@ -115,6 +125,28 @@ def test_chat_prompts_go_through_v4s_own_encoding(v4_folders: dict[str, Path]) -
         ids = engine.codec.encode_chat(ask)
         shown = "".join(engine.codec.tokenizer.convert_ids_to_tokens(ids))
         assert shown == f"<｜begin▁of▁sentence｜><｜User｜>hi<｜Assistant｜>{tail}"
+
+
+@pytest.mark.parametrize(
+    ("think", "answer", "message"),
+    [
+        (True, "so</think>yes", {"reasoning_content": "so", "content": "yes", "tool_calls": []}),
+        (True, "so and", {"reasoning_content": "so and", "content": ""}),
+        (False, "yes", {"reasoning_content": "", "content": "yes", "tool_calls": []}),
+        (False, "a</think>b", {"content": "shown"}),  # not the layout: as it was shown
+        (False, "", {"reasoning_content": "", "content": "", "tool_calls": []}),
+        (True, "", {"reasoning_content": "", "content": ""}),
+    ],
+)
+def test_an_answer_becomes_the_message_of_the_next_turn(
+    v4_folders: dict[str, Path], think: bool, answer: str, message: dict[str, object]
+) -> None:
+    codec = load_engine(v4_folders["official"], "none", exact=False, think=think).codec
+    assert codec is not None
+    ids = codec.encode_plain(answer)
+    made = codec.assistant_message("shown", ids)
+    assert made == {"role": "assistant", **message}
+    codec.encode_chat([{"role": "user", "content": "a"}, made, {"role": "user", "content": "b"}])
 
 
 @pytest.mark.parametrize(
