@@ -37,6 +37,9 @@ class Indexer:
         prefix: Name before `.wq_b`.
         config: The model.
         numerics: Shared settings.
+
+    Attributes:
+        count: Entries kept for a row at the most.
     """
 
     def __init__(
@@ -53,7 +56,7 @@ class Indexer:
             is_overlapping=True,
         )
         self._heads, self._dim = config.index_n_heads, config.index_head_dim
-        self._count = config.index_topk
+        self.count = config.index_topk
         self._numerics = numerics
 
     def select(
@@ -73,7 +76,7 @@ class Indexer:
             chose, int64 [n].
         """
         most = max((len(of.rows) for of in step.slots), default=0)
-        if most <= self._count:
+        if most <= self.count:
             chosen = [_visible(of) for of in step.slots]
         else:
             query = self._query(latent).unflatten(-1, (self._heads, self._dim))
@@ -87,7 +90,7 @@ class Indexer:
                     self._scores(
                         query[of.start : of.stop], weights[of.start : of.stop], keys, of
                     ).masked_fill(~_visible(of), -torch.inf),
-                    self._count,
+                    self.count,
                 )
                 for of in step.slots
             ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -17,9 +16,13 @@ from dspark.base_model.model import V4Model
 from dspark.base_model.target import V4Target
 from dspark.devices import pick_device, pick_dtype
 from dspark.errors import CapabilityError
+from dspark.model_folder import fingerprint_weights, sampling_defaults
 from dspark.registry import LoadedTarget, LoadOptions
 
 __all__ = ["LOADER", "V4Loader"]
+
+_CHECKED_ENTRIES = 8
+"""Entries that the indexer keeps during the second check of exact mode, of some 60."""
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +61,9 @@ class V4Loader:
             name=options.name,
             eos_token_ids=tuple(dict.fromkeys(eos)),
         )
-        decide_exactness(target, options, _fingerprint(folder))
+        decide_exactness(target, options, fingerprint_weights(folder))
         # The release samples at temperature 1 with the whole law.
-        sampling = {"temperature": 1.0, "top_p": 1.0, **_generation_settings(folder)}
+        sampling = {"temperature": 1.0, "top_p": 1.0, **sampling_defaults(folder)}
         return LoadedTarget(target=target, codec=codec, sampling=sampling, folder=folder)
 
 
@@ -84,14 +87,14 @@ def decide_exactness(target: V4Target, options: LoadOptions, fingerprint: str) -
     if options.exact is not False:
         info = target.info
         key = exactness.probe_key(
-            asdict(target.model.config), info.dtype, info.device, f"v4 {fingerprint}"
+            asdict(target.model.config), info.dtype, info.device, f"v4 selection {fingerprint}"
         )
         folder = options.probe_folder
         record = exactness.read_probe(folder, key) if folder is not None else None
         if record is None:
             logger.info("checking exact mode of %s on this machine (once)", options.name)
             target.switch_exact(True)
-            holds = exactness.check_trees(target)
+            holds = exactness.check_trees(target) and _check_selection(target)
             cost = exactness.measure_cost(target) if holds else None
             record = {"holds": holds, "cost": cost}
             if folder is not None:
@@ -113,17 +116,10 @@ def decide_exactness(target: V4Target, options: LoadOptions, fingerprint: str) -
     target.set_exactness(report if report.enabled else replace(report, min_rows=1))
 
 
-def _generation_settings(folder: Path) -> dict[str, float]:
-    try:
-        data = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    if not isinstance(data, dict) or not data.get("do_sample"):
-        return {}
-    return {name: float(data[name]) for name in names if isinstance(data.get(name), int | float)}
+def _check_selection(target: V4Target) -> bool:
+    """Check trees again with an indexer that keeps few entries.
 
-
-def _fingerprint(folder: Path) -> str:
-    files = sorted(folder.glob("*.safetensors"))
-    return " ".join(f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files)
+    As loaded it keeps every entry of so short a context, so its scores would never be compared.
+    """
+    with target.model.keeping(_CHECKED_ENTRIES):
+        return exactness.check_trees(target)

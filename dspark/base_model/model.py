@@ -5,7 +5,8 @@ Letters: n rows, M rows whose logits are wanted, N streams, D hidden, V vocabula
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -77,6 +78,20 @@ class V4Model:
             frequencies(config, is_compressed=kind, dtype=self.numerics.wide)
             for kind in (False, True)
         )
+
+    @contextmanager
+    def keeping(self, entries: int) -> Iterator[None]:
+        """Have every indexer keep so many entries, for a check."""
+        indexers = [block.attention.indexer for block in self.blocks]
+        found = [indexer for indexer in indexers if indexer is not None]
+        before = [indexer.count for indexer in found]
+        try:
+            for indexer in found:
+                indexer.count = min(entries, indexer.count)
+            yield
+        finally:
+            for indexer, count in zip(found, before, strict=True):
+                indexer.count = count
 
     def new_cache(self, memory_limit: int | None = None) -> V4Cache:
         """An empty cache."""

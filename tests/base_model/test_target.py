@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 from dspark import SamplingParams, cli
+from dspark.base_model.indexer import Indexer
 from dspark.draft.model import ModelDrafter
 from dspark.engine import Engine
 from dspark.errors import CapabilityError, CheckpointError, ConfigError
@@ -183,6 +186,33 @@ def test_layers_can_be_split_over_devices(v4_folders: dict[str, Path]) -> None:
     assert [r.token_ids for r in split.generate(prompts(), GREEDY)] == [
         r.token_ids for r in whole.generate(prompts(), GREEDY)
     ]
+
+
+def test_the_check_of_exact_mode_reaches_the_indexers_choice(
+    v4_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Teeth: scores that depend on how many rows ask are found, though all entries were kept."""
+    honest = Indexer._scores
+
+    def scores(self: Indexer, query: Tensor, *rest: Any) -> Tensor:
+        return honest(self, query, *rest) * (-1 if len(query) == 1 else 1)
+
+    folder = tmp_copy(v4_folders["official"], index_topk=512)
+    load_target(folder, LoadOptions(name="v4", dtype="float32", exact=True))
+    monkeypatch.setattr(Indexer, "_scores", scores)
+    with pytest.raises(CapabilityError, match="does not hold"):
+        load_target(folder, LoadOptions(name="v4", dtype="float32", exact=True))
+
+
+def tmp_copy(folder: Path, **changes: int) -> Path:
+    """The same weights under a changed config."""
+    other = folder.with_name(f"{folder.name}-{'-'.join(changes)}")
+    other.mkdir()
+    for file in folder.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, **changes}))
+    return other
 
 
 def test_the_head_and_the_embedding_can_be_shared_with_a_draft(

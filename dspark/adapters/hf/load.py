@@ -34,14 +34,13 @@ from dspark.adapters.hf.linear import (
 from dspark.adapters.hf.target import HFTarget
 from dspark.devices import pick_device, pick_dtype
 from dspark.errors import CapabilityError, CheckpointError
+from dspark.model_folder import fingerprint_weights, generation_config, sampling_defaults
 from dspark.registry import LoadedTarget, LoadOptions
 from dspark.text import load_codec
 
 __all__ = ["LOADER", "TransformersLoader", "wrap_model"]
 
 logger = logging.getLogger(__name__)
-
-_SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 # Rotary types whose frequencies follow the longest position in the batch: one request's text would
 # depend on its neighbours.
@@ -80,19 +79,15 @@ class TransformersLoader:
             setattr(config, name, value)
         model = _load_weights(folder, config, dtype, device, attention=ATTENTION_NAME)
         codec = load_codec(folder)
-        generation = _generation_config(folder)
+        generation = generation_config(folder)
         target = wrap_model(
             model,
             adapter,
             options,
             eos_token_ids=_eos_ids(config, generation, codec.eos_token_ids if codec else ()),
-            fingerprint=_fingerprint(folder),
+            fingerprint=fingerprint_weights(folder),
         )
-        sampling = {}
-        if generation.get("do_sample"):
-            names = [n for n in _SAMPLING_FIELDS if generation.get(n) is not None]
-            # A model that samples and does not say at which temperature means 1.
-            sampling = {"temperature": 1.0, **{name: generation[name] for name in names}}
+        sampling = sampling_defaults(folder)
         return LoadedTarget(target=target, codec=codec, sampling=sampling, folder=folder)
 
 
@@ -261,7 +256,7 @@ def load_stock_model(
     """
     config = _config(folder)
     model = _load_weights(folder, config, dtype, device, attention=None)
-    return model, _eos_ids(config, _generation_config(folder), ())
+    return model, _eos_ids(config, generation_config(folder), ())
 
 
 def _config(folder: Path) -> Any:
@@ -312,14 +307,6 @@ def _load_weights(
     return model.to(device)
 
 
-def _generation_config(folder: Path) -> dict[str, Any]:
-    try:
-        data = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return data if isinstance(data, dict) else {}
-
-
 def _eos_ids(
     config: Any, generation: Mapping[str, Any], tokenizer_eos: tuple[int, ...]
 ) -> tuple[int, ...]:
@@ -328,8 +315,3 @@ def _eos_ids(
         if value is not None:
             found.extend(value if isinstance(value, list | tuple) else [value])
     return tuple(dict.fromkeys(int(i) for i in (*found, *tokenizer_eos)))
-
-
-def _fingerprint(folder: Path) -> str:
-    files = sorted(folder.glob("*.safetensors"))
-    return " ".join(f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files)

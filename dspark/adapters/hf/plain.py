@@ -17,6 +17,7 @@ from dspark.adapters.hf.load import load_stock_model
 from dspark.cache import Cache, CacheUsage
 from dspark.devices import pick_device, pick_dtype
 from dspark.errors import CapabilityError, ConfigError
+from dspark.model_folder import sampling_defaults
 from dspark.registry import LoadedTarget, LoadOptions
 from dspark.target import ExactnessReport, TargetInfo, TargetOutput, TokenBatch
 from dspark.text import load_codec
@@ -194,7 +195,8 @@ class PlainLoader:
         codec = load_codec(folder)
         eos = (*eos, *(codec.eos_token_ids if codec else ()))
         target = PlainTarget(model, name=options.name, eos_token_ids=tuple(dict.fromkeys(eos)))
-        return LoadedTarget(target=target, codec=codec, folder=folder)
+        sampling = sampling_defaults(folder)
+        return LoadedTarget(target=target, codec=codec, sampling=sampling, folder=folder)
 
 
 LOADER = PlainLoader()
