@@ -85,7 +85,8 @@ class Intake:
     def _needs_codec(self) -> TextCodec:
         if self._codec is None:
             raise CapabilityError(
-                f"{self._target.info.name} has no tokenizer, so prompts must be token ids."
+                f"{self._target.info.name} has no tokenizer, so prompts must be token ids.",
+                hint="put its tokenizer.json into the folder, or pass token ids from Python",
             )
         return self._codec
 

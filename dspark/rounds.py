@@ -9,19 +9,19 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 
 import numpy as np
 import torch
 
 from dspark.active import ActiveRequest, Phase
 from dspark.cache import Cache
-from dspark.draft.base import DraftContext, Drafter
+from dspark.draft.base import DraftContext, Drafter, Observer
 from dspark.errors import ConfigError, DsparkError, ShapeError
 from dspark.payoff import StepClock
-from dspark.request import RoundStats, TokenLogprob
+from dspark.request import TokenLogprob
+from dspark.round_log import round_stats
 from dspark.target import BatchPart, Target, TargetOutput, TokenBatch
-from dspark.tree import DraftTree, Proposal
+from dspark.tree import Proposal
 from dspark.tree_build import verify_part
 from dspark.verify.verifier import Verdict, VerifyJob, verify
 
@@ -118,6 +118,7 @@ class RoundRunner:
             torch.accelerator.synchronize(output.logits.device)
         forward_end = time.perf_counter()
         self._settle(parts, output)
+        self._hand_over(requests)
         end = time.perf_counter()
         self._account(
             parts,
@@ -147,10 +148,13 @@ class RoundRunner:
             }
         except Exception as exc:  # noqa: BLE001 - drafters are plug-ins: whatever breaks in one
             # must cost speed, never the answer.
-            if not self._drafter_failed:
-                logger.warning("drafter %s failed, decoding plainly: %s", self._drafter.name, exc)
-            self._drafter_failed = True
+            self._give_up(exc)
             return {}
+
+    def _give_up(self, exc: Exception) -> None:
+        if not self._drafter_failed:
+            logger.warning("drafter %s failed, decoding plainly: %s", self._drafter.name, exc)
+        self._drafter_failed = True
 
     def _context(self, request: ActiveRequest, count: int) -> DraftContext | None:
         params, limits = request.params, self._limits
@@ -167,21 +171,7 @@ class RoundRunner:
         if not wanted or measure_plain or not request.switch.is_on:
             request.switch.skipped()
             return None
-        features = {k: torch.cat(v) for k, v in request.features.items()}
-        request.features.clear()
-        return DraftContext(
-            request_id=request.request_id,
-            tokens=request.tokens,
-            prompt_length=len(request.prompt),
-            params=params,
-            rule=request.rule,
-            noise=request.noise,
-            round=request.rounds + 1,
-            budget=budget,
-            depth=depth,
-            width=params.width,
-            features=features or None,
-        )
+        return _draft_context(request, request.tokens, budget=budget, depth=depth)
 
     def _trim(self, context: DraftContext, proposal: Proposal, count: int) -> Proposal:
         """Drop nodes whose expected tokens cost more time than plain steps of `count` requests."""
@@ -310,6 +300,26 @@ class RoundRunner:
             rows = hidden[[first_row + row for row in kept]]
             part.request.features.setdefault(layer, []).append(rows)
 
+    def _hand_over(self, requests: Sequence[ActiveRequest]) -> None:
+        """Let the drafter take in hidden states that pile up: of a long prompt, or while it is off.
+
+        Otherwise a prompt of a million tokens would keep the captured layers of all of them.
+        """
+        if self._drafter_failed or not isinstance(self._drafter, Observer):
+            return
+        contexts = []
+        for request in requests:
+            pending = sum(len(rows) for rows in next(iter(request.features.values()), []))
+            if pending < self._limits.prefill_chunk or request.phase is Phase.DONE:
+                continue
+            known = request.tokens[: self._cache.length(_slot(request)) + 1]
+            contexts.append(_draft_context(request, known, budget=1, depth=1))
+        try:
+            if contexts:
+                self._drafter.observe(contexts)
+        except Exception as exc:  # noqa: BLE001 - as in _draft
+            self._give_up(exc)
+
     def _append(self, part: _Part, verdict: Verdict, logits: torch.Tensor, start: int) -> None:
         request, tree = part.request, part.proposal.tree
         tokens = [int(tree.token[node]) for node in verdict.path] + [verdict.closing]
@@ -348,7 +358,10 @@ class RoundRunner:
             stats.verified_at_depth[depth] += 1
             stats.accepted_at_depth[depth] += depth < accepted
         if self._limits.keep_rounds:
-            stats.round_log.append(_round_stats(part, verdict, accepted, committed))
+            entry = round_stats(
+                tree, verdict, offered=part.offered, accepted=accepted, committed=committed
+            )
+            stats.round_log.append(entry)
 
     def _account(
         self, parts: Sequence[_Part], *, draft: float, forward: float, rest: float
@@ -376,6 +389,27 @@ class RoundRunner:
             part.request.committed_before = stats.committed
 
 
+def _draft_context(
+    request: ActiveRequest, tokens: Sequence[int], *, budget: int, depth: int
+) -> DraftContext:
+    """What the drafter is told of a request; the hidden states that waited for it go along."""
+    features = {layer: torch.cat(rows) for layer, rows in request.features.items()}
+    request.features.clear()
+    return DraftContext(
+        request_id=request.request_id,
+        tokens=tokens,
+        prompt_length=len(request.prompt),
+        params=request.params,
+        rule=request.rule,
+        noise=request.noise,
+        round=request.rounds + 1,
+        budget=budget,
+        depth=depth,
+        width=request.params.width,
+        features=features or None,
+    )
+
+
 def _check_limits(context: DraftContext, proposal: Proposal) -> None:
     tree = proposal.tree
     if tree.num_nodes > context.budget or tree.max_depth > context.depth:
@@ -383,38 +417,6 @@ def _check_limits(context: DraftContext, proposal: Proposal) -> None:
             f"a proposal has {tree.num_nodes} nodes and depth {tree.max_depth}, but at most "
             f"{context.budget} and {context.depth} were asked for."
         )
-
-
-def _round_stats(part: _Part, verdict: Verdict, accepted: int, committed: int) -> RoundStats:
-    tree = part.proposal.tree
-    chain = _likeliest_chain(tree)
-    # Where the text ended inside the path, what lies deeper was decided for nobody.
-    end = accepted if committed <= len(verdict.path) else tree.max_depth
-    pairs = zip(chain[:end], verdict.path, strict=False)
-    return RoundStats(
-        proposed=part.offered,
-        verified=tree.num_nodes,
-        accepted=accepted,
-        committed=committed,
-        depth=tree.max_depth,
-        tried=min(verdict.tried_depth, end),
-        path=len(verdict.path),
-        survival=tuple(float(tree.survival[node]) for node in chain[:end]),
-        matched=sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)),
-    )
-
-
-def _likeliest_chain(tree: DraftTree) -> list[int]:
-    """Nodes from depth 1 on, always the child of highest survival (ties: the first)."""
-    best: dict[int, int] = {}  # parent -> its likeliest child
-    survival = tree.survival.tolist()
-    for node, parent in enumerate(tree.parent.tolist()):
-        if parent not in best or survival[node] > survival[best[parent]]:
-            best[parent] = node
-    chain: list[int] = []
-    while (node := best.get(chain[-1] if chain else -1, -1)) >= 0:
-        chain.append(node)
-    return chain
 
 
 def _slot(request: ActiveRequest) -> int:

@@ -1,0 +1,56 @@
+"""What the log of rounds keeps of each: made where the round ends, read by `dspark.eval`."""
+
+from __future__ import annotations
+
+from itertools import takewhile
+
+from dspark.request import RoundStats
+from dspark.tree import DraftTree
+from dspark.verify.verifier import Verdict
+
+__all__ = ["round_stats"]
+
+
+def round_stats(
+    tree: DraftTree, verdict: Verdict, *, offered: int, accepted: int, committed: int
+) -> RoundStats:
+    """What the log keeps of a request's round.
+
+    Args:
+        tree: What was verified.
+        verdict: What the verifier said.
+        offered: Nodes before trimming.
+        accepted: Drafted tokens that were committed.
+        committed: Tokens that were committed.
+
+    Returns:
+        The entry.
+    """
+    chain = _likeliest_chain(tree)
+    # Where the text ended inside the path, what lies deeper was decided for nobody.
+    end = accepted if committed <= len(verdict.path) else tree.max_depth
+    pairs = zip(chain[:end], verdict.path, strict=False)
+    return RoundStats(
+        proposed=offered,
+        verified=tree.num_nodes,
+        accepted=accepted,
+        committed=committed,
+        depth=tree.max_depth,
+        tried=min(verdict.tried_depth, end),
+        path=len(verdict.path),
+        survival=tuple(float(tree.survival[node]) for node in chain[:end]),
+        matched=sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)),
+    )
+
+
+def _likeliest_chain(tree: DraftTree) -> list[int]:
+    """Nodes from depth 1 on, always the child of highest survival (ties: the first)."""
+    best: dict[int, int] = {}  # parent -> its likeliest child
+    survival = tree.survival.tolist()
+    for node, parent in enumerate(tree.parent.tolist()):
+        if parent not in best or survival[node] > survival[best[parent]]:
+            best[parent] = node
+    chain: list[int] = []
+    while (node := best.get(chain[-1] if chain else -1, -1)) >= 0:
+        chain.append(node)
+    return chain
