@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -172,27 +172,6 @@ class PagedExperts:
         """
         with self._lock:
             return self._fetch((prefix, expert))
-
-    def fetch_many(self, prefix: str, experts: Sequence[int]) -> list[ExpertWeights]:
-        """Several experts of a layer; those that are missing are read in the order of the file.
-
-        Args:
-            prefix: As in `fetch`.
-            experts: Their numbers.
-
-        Returns:
-            Their weights, in the order of `experts`. All of them are held by the caller at once,
-            so ask for no more than the budget covers.
-
-        Raises:
-            CheckpointError: If there is no such expert, or its file cannot be read.
-        """
-        with self._lock:
-            keys = sorted({(prefix, e) for e in experts}, key=lambda key: self._plan(key).place)
-            # Those that are here come first, lest the missing ones push them out.
-            keys.sort(key=lambda key: key not in self._held)
-            got = {key: self._fetch(key) for key in keys}
-        return [got[prefix, expert] for expert in experts]
 
     @property
     def stats(self) -> PagingStats:

@@ -118,27 +118,6 @@ def test_the_budget_is_never_exceeded_and_the_oldest_goes(checkpoint, room, want
     store.close()
 
 
-def test_fetching_many_reads_forwards_and_keeps_what_is_there(checkpoint, monkeypatch):
-    store = paged(checkpoint, 4)
-    store.fetch(LAYER, 5)
-    store.fetch("layers.0.ffn.experts", 0)
-    places = []
-    read = PagedExperts._read_piece
-
-    def spy(self, piece, part):
-        places.append((piece.path, piece.start))
-        read(self, piece, part)
-
-    monkeypatch.setattr(PagedExperts, "_read_piece", spy)
-    got = store.fetch_many(LAYER, [7, 2, 5, 2])
-    assert places == sorted(places)
-    assert len(places) == 2 * 6
-    resident = ResidentExperts(checkpoint)
-    for weights, expert in zip(got, [7, 2, 5, 2], strict=True):
-        assert is_same(weights, resident.fetch(LAYER, expert))
-    assert (store.stats.hits, store.stats.misses, store.stats.evictions) == (1, 4, 0)
-
-
 def test_weights_outlive_their_eviction(checkpoint):
     store = paged(checkpoint, 2)
     first = store.fetch(LAYER, 0)
