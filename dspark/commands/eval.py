@@ -87,7 +87,11 @@ def eval_command(  # noqa: PLR0913 - one parameter per option is how Typer works
         ),
     ] = None,
     tree_budget: Annotated[
-        int | None, typer.Option("--tree-budget", help="Drafted nodes per round; 0 is plain.")
+        list[int] | None,
+        typer.Option(
+            "--tree-budget",
+            help="Drafted nodes per round; 0 is plain (repeatable; default: the engine's).",
+        ),
     ] = None,
     depth: Annotated[int | None, typer.Option("--depth", help="Longest drafted path.")] = None,
     ignore_eos: Annotated[
@@ -150,11 +154,12 @@ def eval_command(  # noqa: PLR0913 - one parameter per option is how Typer works
             ignore_eos=ignore_eos,
             rule=rule,
             width=w,
-            tree_budget=tree_budget,
+            tree_budget=budget,
             depth=depth,
         )
         for t in temperature or [0.0]
         for w in width or (None,)
+        for budget in tree_budget or (None,)
     ]
     for params in kinds:
         _ = params.resolved_rule  # refuse a contradiction before a model is loaded

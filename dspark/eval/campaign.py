@@ -49,8 +49,10 @@ class Configuration:
     @property
     def name(self) -> str:
         """What tables call it."""
-        width = "" if self.params.width is None else f" width {self.params.width}"
-        return f"{self.draft}{width} T={self.params.temperature:g} {self.prompts.name}"
+        shape = "" if self.params.width is None else f" width {self.params.width}"
+        if self.params.tree_budget is not None:
+            shape += f" budget {self.params.tree_budget}"
+        return f"{self.draft}{shape} T={self.params.temperature:g} {self.prompts.name}"
 
     @property
     def model_id(self) -> str:

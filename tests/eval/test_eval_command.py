@@ -103,6 +103,19 @@ def test_a_pipe_gets_tab_separated_tables(run: Run, capsys: pytest.CaptureFixtur
     assert "lookup width 2 T=0.5 tiny" in heads
 
 
+def test_several_tree_budgets_are_several_configurations(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    budgets = ("--tree-budget", "2", "--tree-budget", "5")
+    assert run("--draft", "lookup", *budgets, "--first-turn", "--json", "--quiet") == 0
+    cells = json.loads(capsys.readouterr().out)["configurations"]
+    assert [cell["sampling"]["tree_budget"] for cell in cells] == [2, 5]
+    assert [cell["name"] for cell in cells] == [
+        "lookup budget 2 T=0 tiny",
+        "lookup budget 5 T=0 tiny",
+    ]
+
+
 def test_an_interrupted_run_exits_130_and_says_how_to_go_on(
     run: Run,
     capsys: pytest.CaptureFixture[str],
