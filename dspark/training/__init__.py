@@ -1,0 +1,1 @@
+"""Training of draft modules: recipes, samples, target features, losses, the trainer."""
