@@ -6,6 +6,8 @@ selects. Weights come from the scores in both. Letters: n rows, E experts, k cho
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -74,6 +76,9 @@ class MixtureOfExperts:
         numerics: Shared settings.
         layer: Its number.
         experts: Where the routed experts' weights are.
+
+    Attributes:
+        on_route: Called with the experts chosen for rows, [n, k], if it is set.
     """
 
     def __init__(
@@ -85,6 +90,7 @@ class MixtureOfExperts:
         layer: int,
         experts: ExpertsOnDevice,
     ) -> None:
+        self.on_route: Callable[[Tensor], None] | None = None
         self._router = Router(source, f"{prefix}.gate", config, numerics, layer)
         self._experts = experts
         self._prefix = f"{prefix}.experts"
@@ -100,6 +106,8 @@ class MixtureOfExperts:
     def __call__(self, x: Tensor, token_ids: Tensor) -> Tensor:
         """[n, D] -> [n, D]; only the experts that a row was routed to are touched."""
         chosen, weights = self._router(x, token_ids)
+        if self.on_route is not None:
+            self.on_route(chosen)
         out = torch.zeros(x.shape, dtype=self._numerics.wide, device=x.device)
         hit = torch.unique(chosen).tolist()
         for expert, of in self._experts.each(self._prefix, hit):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -93,6 +95,18 @@ class V4Target:
     def unembed(self, hidden: Tensor) -> Tensor:
         """Logits [n, V] of normed hidden states [n, D]; see `dspark.target.SharesHead`."""
         return self.model.head(hidden.to(self.model.devices[-1]))
+
+    @contextmanager
+    def watch_experts(self, note: Callable[[int, Tensor], None]) -> Iterator[None]:
+        """Report routing; see `dspark.eval.profile_steps.TellsExperts`."""
+        blocks = self.model.blocks
+        for layer, block in enumerate(blocks):
+            block.experts.on_route = partial(note, layer)
+        try:
+            yield
+        finally:
+            for block in blocks:
+                block.experts.on_route = None
 
     def own_drafter(self) -> Drafter | None:
         """The drafter over the checkpoint's own `mtp.*` blocks, None if it has none.

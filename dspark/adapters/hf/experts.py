@@ -9,7 +9,8 @@ replaced by one that brings its own product.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +19,13 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from dspark.adapters.hf.linear import KERNELS, RowWindow, run_windowed
 
-__all__ = ["EXPERTS_NAME", "expert_shapes", "pack_experts", "use_row_stable_experts"]
+__all__ = [
+    "EXPERTS_NAME",
+    "expert_shapes",
+    "pack_experts",
+    "use_row_stable_experts",
+    "watch_routing",
+]
 
 EXPERTS_NAME = "dspark"
 """Name under which the implementation is registered with transformers."""
@@ -125,3 +132,26 @@ def pack_experts(model: nn.Module, kernel: str, windows: Windows) -> None:
         stable.window = window(weight)
         del router.weight
         router.weight = stable
+
+
+@contextmanager
+def watch_routing(model: nn.Module, note: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Report the routing of every forward inside the block.
+
+    Args:
+        model: A model with experts or without.
+        note: Called with a layer of experts (counted among these) and what was chosen, [n, k].
+    """
+
+    def watcher(layer: int) -> Callable[[nn.Module, Any], None]:
+        return lambda module, args: note(layer, args[1])
+
+    hooks = [
+        module.register_forward_pre_hook(watcher(layer))
+        for layer, module in enumerate(_expert_modules(model))
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
