@@ -1,0 +1,1 @@
+"""Training of a small DeepSeek-V4 from scratch: text, tokenizer, target, its drafts, export."""
