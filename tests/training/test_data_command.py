@@ -137,6 +137,7 @@ def test_ctrl_c_exits_130_and_one_line_says_how_to_go_on(
     assert line.endswith("run the same command again to go on from there")
 
 
+@pytest.mark.slow  # starts processes that import torch
 def test_a_killed_run_goes_on_to_the_same_bytes(
     run: Run, models: Path, prompts: str, tmp_path: Path
 ) -> None:

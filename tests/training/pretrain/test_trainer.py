@@ -70,6 +70,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(whole, tmp_path):
     assert {row["step"] for row in read_log(tmp_path / "legs") if "held_out" in row} == {4, 8, 10}
 
 
+@pytest.mark.slow  # starts processes that import torch
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(whole, tmp_path):
     """The process is killed while it trains; half a state and half a line are left behind."""
     script = (
