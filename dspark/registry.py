@@ -38,6 +38,8 @@ class LoadOptions:
         expert_memory: Bytes of expert weights to keep in memory, the others being read from disk as
             they are wanted; None keeps all. Only for targets that can (DeepSeek-V4).
         is_reference: Run the model as its own library does, for plain decoding only.
+        has_many_rows: Forwards will have hundreds of rows (training), not a few: choose kernels
+            for that. Goes with exact=False.
     """
 
     name: str
@@ -47,6 +49,7 @@ class LoadOptions:
     probe_folder: Path | None = None
     expert_memory: int | None = None
     is_reference: bool = False
+    has_many_rows: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

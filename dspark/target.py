@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 __all__ = [
     "BatchPart",
     "ExactnessReport",
+    "HeadRows",
     "RowSpan",
     "SharesHead",
+    "SharesHeadRows",
     "Target",
     "TargetInfo",
     "TargetOutput",
@@ -158,7 +160,8 @@ class TargetOutput:
     Attributes:
         logits: [M, V] for the rows asked for, final soft-cap applied, in the model's dtype.
         hidden: Captured hidden states {layer: [N, D]}; layer k is the OUTPUT of decoder layer k,
-            -1 the embeddings.
+            -1 the embeddings, and the number of layers (one past the last) what the output head
+            gets: the last layer's output behind the final norm.
     """
 
     logits: torch.Tensor
@@ -251,7 +254,7 @@ class Target(Protocol):
         Args:
             batch: The rows; every slot must have been opened and reserved.
             cache: A cache made by this target.
-            capture: Layers whose hidden states are wanted.
+            capture: Layers whose hidden states are wanted; see `TargetOutput.hidden`.
 
         Returns:
             Logits of `batch.output_rows`, and the captured hidden states.
@@ -282,5 +285,40 @@ class SharesHead(Protocol):
 
         Returns:
             [n, V]: the output head and the final soft-cap, but not the target's final norm.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeadRows:
+    """Rows of an output head as plain tensors, which gradients flow through.
+
+    Attributes:
+        weight: [n, D], in the model's dtype.
+        bias: [n], None without one.
+        softcap: Logits become softcap * tanh(logits / softcap); None leaves them.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    softcap: float | None = None
+
+
+@runtime_checkable
+class SharesHeadRows(SharesHead, Protocol):
+    """A target that gives rows of its output head away.
+
+    Drafts with a reduced vocabulary and no head of their own need it, and so does training: what
+    `unembed` computes with may be packed for inference.
+    """
+
+    def head_rows(self, ids: torch.Tensor | None = None) -> HeadRows:
+        """Rows of the output head, for keeping.
+
+        Args:
+            ids: int64 [n], tokens wanted; None for all.
+
+        Returns:
+            The rows, in the order of `ids`.
         """
         ...

@@ -127,7 +127,8 @@ class DSparkConfig:
         enable_confidence_head: It has a confidence head.
         confidence_head_with_markov: Which reads W1 of the previous token too.
         owns_embedding: It brings its own embedding; else the target's is used.
-        owns_head: It brings its own output head; else the target's is used.
+        owns_head: It brings its own output head; else the target's is used, or with a reduced
+            vocabulary its rows of these tokens.
         embed_scale: Factor of its own embedding (Gemma).
         logit_softcap: Soft-cap of its own head's logits, before the sequential head (Gemma).
 
@@ -192,16 +193,16 @@ class DSparkConfig:
             )
         if self.confidence_head_with_markov and not self.markov_rank:
             raise ConfigError("confidence_head_with_markov is true, but markov_rank is 0.")
-        if not self.owns_head and self.draft_vocab_size != self.vocab_size:
-            raise ConfigError(
-                f"draft_vocab_size is {self.draft_vocab_size} without lm_head.weight, but the "
-                f"target's head has {self.vocab_size} rows."
-            )
 
     @property
     def gamma(self) -> int:
         """Tokens of a drafted path at the most."""
         return self.block_size - (not self.sample_from_anchor)
+
+    @property
+    def needs_head_rows(self) -> bool:
+        """It uses some rows of the target's head."""
+        return not self.owns_head and self.draft_vocab_size != self.vocab_size
 
     @property
     def first_slot(self) -> int:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from dspark.draft.backbone import Attend, DraftLayer, RMSNorm, Rotary, attend_rows
 from dspark.draft.dspark_config import DSparkConfig, Window
-from dspark.errors import ConfigError
+from dspark.errors import CapabilityError, ConfigError
 from dspark.mtp_head import ConfidenceHead, DraftVocab, MarkovHead, build_head, few_rows
-from dspark.target import SharesHead
+from dspark.target import HeadRows, SharesHead, SharesHeadRows
 
 __all__ = ["DSparkModule"]
 
@@ -31,6 +31,7 @@ class DSparkModule(nn.Module):
     Raises:
         ConfigError: If a shared part is needed and there is no target, or the vocabulary has
             another size than the config says.
+        CapabilityError: If rows of the target's head are needed, and it does not give them away.
     """
 
     def __init__(
@@ -49,7 +50,13 @@ class DSparkModule(nn.Module):
             )
         if shares is None and not (config.owns_embedding and config.owns_head):
             raise ConfigError("the draft has no embedding or head of its own, and no target.")
+        if config.needs_head_rows and not isinstance(shares, SharesHeadRows):
+            raise CapabilityError(
+                "the draft uses rows of the target's head, but the target does not share them.",
+                hint="give the draft a head of its own",
+            )
         self.shares = shares  # not a module: its weights are the target's
+        self.head_rows: HeadRows | None = None
         backbone = config.backbone
         hidden, eps = backbone.hidden_size, backbone.norm_eps
         if config.owns_embedding:
@@ -119,13 +126,42 @@ class DSparkModule(nn.Module):
 
     def base_logits(self, hidden: Tensor) -> Tensor:
         """Base logits U, float32 [N, Vd], of hidden states [N, D]."""
-        if not self.config.owns_head:
+        if self.config.owns_head:
+            logits = few_rows(hidden, self.lm_head.weight)
+            return _soft_capped(logits.float(), self.config.logit_softcap)
+        if self.head_rows is None:
             if self.shares is None:
                 raise ConfigError("the draft has no head of its own, and no target.")
-            return self.shares.unembed(hidden).float()
-        logits = few_rows(hidden, self.lm_head.weight).float()
-        cap = self.config.logit_softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+            if not self.config.needs_head_rows:
+                return self.shares.unembed(hidden).float()
+            self.take_head_rows()
+        return self._shared_logits(hidden, self.head_rows)
+
+    def take_head_rows(self) -> None:
+        """Copy the rows of the target's head that this module predicts with.
+
+        Drafting does so at first need, where the vocabulary is reduced; training always, since
+        gradients must flow through them.
+
+        Raises:
+            CapabilityError: If the target does not give its head's rows away.
+        """
+        if self.config.owns_head or self.head_rows is not None:
+            return
+        if not isinstance(self.shares, SharesHeadRows):
+            raise CapabilityError("the target does not give away the rows of its output head.")
+        rows = self.shares.head_rows(self.vocab.ids)
+        weight = self.fc.weight
+        bias = None if rows.bias is None else rows.bias.to(weight.device, weight.dtype)
+        self.head_rows = HeadRows(rows.weight.to(weight.device, weight.dtype), bias, rows.softcap)
+
+    def _shared_logits(self, hidden: Tensor, rows: HeadRows | None) -> Tensor:
+        if rows is None:
+            raise ConfigError("the rows of the target's head have not been taken.")
+        logits = few_rows(hidden, rows.weight)
+        if rows.bias is not None:
+            logits = logits + rows.bias
+        return _soft_capped(logits.float(), rows.softcap)
 
     def confidence(self, hidden: Tensor, tokens: Tensor) -> Tensor | None:
         """Confidence logits float32 [N], or None without a confidence head.
@@ -144,3 +180,7 @@ class DSparkModule(nn.Module):
 
     def _draft_layers(self) -> list[DraftLayer]:
         return [layer for layer in self.layers if isinstance(layer, DraftLayer)]
+
+
+def _soft_capped(logits: Tensor, cap: float | None) -> Tensor:
+    return logits if cap is None else cap * torch.tanh(logits / cap)

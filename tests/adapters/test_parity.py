@@ -130,8 +130,8 @@ def test_a_layer_that_does_not_exist_cannot_be_captured() -> None:
     slot, _ = cache.open([5])
     cache.reserve(slot, 1)
     batch = TokenBatch.build([BatchPart.chain(slot, [5], 0, want_last=True)])
-    with pytest.raises(CapabilityError, match=r"layer 4 cannot be captured.*-1 .* to 3"):
-        target.forward(batch, cache, capture=(4,))
+    with pytest.raises(CapabilityError, match=r"layer 5 cannot be captured.*-1 .* to 3, and 4"):
+        target.forward(batch, cache, capture=(5,))
 
 
 def test_a_position_past_the_longest_context_is_refused() -> None:

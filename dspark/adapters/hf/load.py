@@ -126,7 +126,8 @@ def wrap_model(
     )
     folder = options.probe_folder
     record = exactness.read_probe(folder, key) if folder is not None else None
-    windows, kernel = None, kernels[0]
+    # Packed weights are made for few rows; with hundreds torch's own product is the faster one.
+    windows, kernel = None, "torch" if options.has_many_rows else kernels[0]
     if record is not None and options.exact is not False:
         kernel = record["kernel"]
         windows = {shape: RowWindow(*record["windows"][_shape_name(shape)]) for shape in shapes}

@@ -8,6 +8,7 @@ the flattened batch [1, N] with explicit positions, and the head on the chosen r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 
 from dspark.adapters.base import FamilyAdapter
 from dspark.adapters.hf.attention import QUERY_ROWS, Step
+from dspark.adapters.hf.experts import watch_routing
 from dspark.adapters.hf.linear import RowStableLinear, RowWindow, replace_linears
 from dspark.adapters.hf.store import LayerShape, StoreCache
 from dspark.cache import Cache
 from dspark.errors import CapabilityError
-from dspark.target import ExactnessReport, TargetInfo, TargetOutput, TokenBatch
+from dspark.target import ExactnessReport, HeadRows, TargetInfo, TargetOutput, TokenBatch
 
 __all__ = ["HFTarget"]
 
@@ -59,6 +61,7 @@ class HFTarget:
         self.query_rows = QUERY_ROWS[0]
         self._capture: dict[int, Tensor] = {}
         self._hooked: set[int] = set()
+        self._head_bias, self._tied = _own_head_parts(self._backbone, self._head)
         replace_linears(self._backbone, kernel, windows)
         holder = nn.ModuleDict({"head": self._head})
         replace_linears(holder, kernel, windows)
@@ -146,6 +149,7 @@ class HFTarget:
         )
         hidden = self._run_backbone(batch, step, capture)
         rows = hidden[torch.from_numpy(batch.output_rows).to(self._device)]
+        self._capture[self._info.num_layers] = hidden
         captured = {layer: self._capture[layer][: batch.num_rows] for layer in capture}
         self._capture.clear()
         return TargetOutput(self._run_head(rows), captured)
@@ -160,9 +164,32 @@ class HFTarget:
         """Logits of normed hidden states; see `dspark.target.SharesHead.unembed`."""
         return self._run_head(hidden.to(self._device, self._dtype))
 
+    @torch.no_grad()
+    def head_rows(self, ids: Tensor | None = None) -> HeadRows:
+        """Rows of the output head; see `dspark.target.SharesHeadRows.head_rows`."""
+        wanted = slice(None) if ids is None else ids.to(self._device)
+        weight = self._tied[wanted] if self._tied is not None else self._unpack_head(wanted)
+        bias = None if self._head_bias is None else self._head_bias[wanted]
+        return HeadRows(weight.detach().clone(), bias, self._softcap)
+
+    def _unpack_head(self, wanted: Tensor | slice) -> Tensor:
+        """Rows of a head whose weights are packed: its products with unit vectors, exact."""
+        parts = []
+        for unit in torch.eye(self._info.hidden_size, device=self._device).split(256):
+            logits = self._head(unit.to(self._dtype))
+            if self._head_bias is not None:
+                logits = logits - self._head_bias
+            parts.append(logits[:, wanted].T)
+        return torch.cat(parts, dim=1)
+
+    def watch_experts(self, note: Callable[[int, Tensor], None]) -> AbstractContextManager[None]:
+        """Report routing; see `dspark.eval.profile_steps.TellsExperts`."""
+        return watch_routing(self._backbone, note)
+
     def _run_backbone(self, batch: TokenBatch, step: Step, capture: Sequence[int]) -> Tensor:
         for layer in capture:
-            self._hook(layer)
+            if layer != self._info.num_layers:  # that one needs no hook
+                self._hook(layer)
         # Rows may be too few for every layer's row window: pad once, not in every layer.
         padding = max(0, self.min_rows - batch.num_rows) if self.exact else 0
         ids = torch.from_numpy(np.pad(batch.token_ids, (0, padding)))
@@ -191,7 +218,8 @@ class HFTarget:
         if not -1 <= layer < self._info.num_layers:
             raise CapabilityError(
                 f"layer {layer} cannot be captured: {self._info.name} has layers -1 "
-                f"(embeddings) to {self._info.num_layers - 1}."
+                f"(embeddings) to {self._info.num_layers - 1}, and {self._info.num_layers} for "
+                "what the output head gets."
             )
         layers: Any = self._backbone.layers
         if layer < 0:
@@ -209,6 +237,14 @@ class HFTarget:
             self._capture[layer] = (output[0] if isinstance(output, tuple) else output)[0]
 
         return keep
+
+
+def _own_head_parts(backbone: Any, head: Any) -> tuple[Tensor | None, Tensor | None]:
+    """The head's bias, and its weight if that is the embedding's, which is not packed."""
+    embedding: Tensor = backbone.get_input_embeddings().weight
+    is_tied = head.weight is embedding or head.weight.data_ptr() == embedding.data_ptr()
+    bias = None if head.bias is None else head.bias.detach().clone()
+    return bias, embedding if is_tied else None
 
 
 def _kv_shapes(backbone: nn.Module, kv_source: tuple[int, ...]) -> list[LayerShape]:

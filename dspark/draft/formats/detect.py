@@ -17,15 +17,15 @@ from dspark.draft.base import Drafter
 from dspark.draft.dspark import DSparkDrafter, DSparkDrafterConfig
 from dspark.draft.dspark_config import DSparkConfig
 from dspark.draft.dspark_module import DSparkModule
-from dspark.draft.formats import deepspec, specforge, speculators
+from dspark.draft.formats import deepspec, native, specforge, speculators
 from dspark.draft.formats.fields import read_config, read_tensors, reading
 from dspark.errors import CapabilityError, CheckpointError, ConfigError
 from dspark.mtp_head import DraftVocab
-from dspark.target import SharesHead, Target, TargetInfo
+from dspark.target import SharesHead, SharesHeadRows, Target, TargetInfo
 
 __all__ = ["is_draft", "load_draft", "load_module"]
 
-_LAYOUTS = (speculators, deepspec, specforge)
+_LAYOUTS = (native, speculators, deepspec, specforge)
 _IGNORED = ("verifier_lm_head.weight", "verifier_norm.weight")  # copies of the target's
 _OLD_PREFIX = "logit_head."  # early SpecForge checkpoints
 _INTEGERS = (torch.int64, torch.int32)
@@ -94,7 +94,7 @@ def load_module(folder: Path, target: Target) -> DSparkModule:
         kind = fields.get("speculators_model_type") or fields.get("architectures")
         raise CheckpointError(
             f"{where}: draft modules of kind {kind!r} are not supported.",
-            hint="DeepSpec, speculators and SpecForge layouts of DSpark and DFlash are",
+            hint="dspark's own, DeepSpec, speculators and SpecForge layouts are",
         )
     tensors = read_tensors(folder)
     tensors = {
@@ -102,6 +102,8 @@ def load_module(folder: Path, target: Target) -> DSparkModule:
         for name, tensor in tensors.items()
         if name not in _IGNORED
     }
+    if layout is native:
+        tensors = native.unpack(tensors, where)
     with reading(where):
         config = layout.read(fields, where, target.info, tensors)
         vocab = _vocab(config, tensors)
@@ -168,6 +170,11 @@ def _build(
         raise CapabilityError(
             f"the draft in {folder} uses the target's embedding or head, but {target.info.name} "
             "does not share them."
+        )
+    if config.needs_head_rows and not isinstance(target, SharesHeadRows):
+        raise CapabilityError(
+            f"the draft in {folder} uses rows of the target's head, but {target.info.name} does "
+            "not give them away."
         )
     with reading(folder / "config.json"), torch.device("meta"):
         module = DSparkModule(config, vocab, shares)

@@ -1,0 +1,190 @@
+"""Everything a run needs, made from its recipe: target, samples, module, source of features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dspark.devices import pick_dtype
+from dspark.draft.dspark_module import DSparkModule
+from dspark.errors import CapabilityError
+from dspark.registry import LoadOptions, load_target
+from dspark.target import SharesHeadRows, Target
+from dspark.training.build import build_module, draft_config
+from dspark.training.feature_cache import STORED, FeatureCache
+from dspark.training.features import Features, TargetRunner
+from dspark.training.recipe import Recipe
+from dspark.training.samples import Sample, Samples, read_samples
+from dspark.training.world import ALONE, World
+
+__all__ = ["FeatureSource", "Setup", "autocast", "prepare"]
+
+
+class FeatureSource:
+    """Features of samples, from the cache or the target.
+
+    Args:
+        runner: Runs the target.
+        cache: Where features are kept, None to compute them every time.
+    """
+
+    def __init__(self, runner: TargetRunner, cache: FeatureCache | None) -> None:
+        self._runner = runner
+        self._cache = cache
+
+    def get(self, samples: Sequence[Sample]) -> list[Features]:
+        """Features of samples, in order; those that are missing are computed together."""
+        cache = self._cache
+        if cache is None:
+            return self._runner.run(samples)
+        found = {sample.index: cache.get(sample.index) for sample in samples}
+        missing = [sample for sample in samples if found[sample.index] is None]
+        for sample, features in zip(missing, self._runner.run(missing), strict=True):
+            cache.put(sample.index, features)
+            found[sample.index] = features
+        return [features for features in found.values() if features is not None]
+
+    def flush(self) -> None:
+        """Write what the cache holds in memory."""
+        if self._cache is not None:
+            self._cache.flush()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Setup:
+    """What a run works with.
+
+    Attributes:
+        recipe: The recipe.
+        target: The target.
+        module: The draft module, float32, in training mode.
+        samples: What it is trained on.
+        source: Features of samples.
+        described: The target: id, revision, source, fingerprint.
+        template: Checksum of the target's chat template, None without one.
+        dtype: What is computed in.
+        device: Where.
+    """
+
+    recipe: Recipe
+    target: Target
+    module: DSparkModule
+    samples: Samples
+    source: FeatureSource
+    described: dict[str, Any]
+    template: str | None
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def head(self) -> SharesHeadRows:
+        """The target, as it shares its head."""
+        if not isinstance(self.target, SharesHeadRows):
+            raise CapabilityError(f"{self.target.info.name} does not share its output head.")
+        return self.target
+
+
+def prepare(recipe: Recipe, *, device: str = "auto", world: World = ALONE) -> Setup:
+    """Load the target, read the data, make the module.
+
+    Args:
+        recipe: The recipe.
+        device: "auto" or a torch device.
+        world: The processes of the run.
+
+    Raises:
+        CheckpointError: If the target or a draft to start from cannot be used.
+        ConfigError: If the recipe does not fit the target.
+        CapabilityError: If the target cannot be trained for.
+        DataError: If the shards cannot be used.
+    """
+    from dspark.eval.results import describe_model
+    from dspark.models.resolve import resolve_model
+
+    run, section = recipe.run, recipe.draft
+    folder = resolve_model(recipe.target)
+    options = LoadOptions(
+        name=recipe.target,
+        dtype=run.target_dtype,
+        device=device,
+        exact=False,
+        has_many_rows=True,
+    )
+    target = load_target(folder, options).target
+    config = draft_config(section, target.info, folder)
+    samples = read_samples(recipe.data, vocab_size=target.info.vocab_size)
+    if not isinstance(target, SharesHeadRows):
+        raise CapabilityError(
+            f"{recipe.target} cannot be trained for: it does not give away its output head."
+        )
+    module = build_module(
+        section, config, target=target, folder=folder, samples=samples.train, seed=run.seed
+    )
+    place = torch.device(target.info.device.rpartition(", ")[2])
+    module.to(place)
+    module.take_head_rows()
+    described = describe_model(recipe.target)
+    source = _feature_source(recipe, target, described, samples, config.target_layer_ids, world)
+    return Setup(
+        recipe=recipe,
+        target=target,
+        module=module.train(),
+        samples=samples,
+        source=source,
+        described=described,
+        template=_template_checksum(folder),
+        dtype=pick_dtype(run.dtype, place),
+        device=place,
+    )
+
+
+def _feature_source(
+    recipe: Recipe,
+    target: Target,
+    described: dict[str, Any],
+    samples: Samples,
+    layer_ids: tuple[int, ...],
+    world: World,
+) -> FeatureSource:
+    temperature = recipe.loss.temperature
+    folder = recipe.run.cache
+    stored = None if folder is None else STORED
+    runner = TargetRunner(target, layer_ids, temperature=temperature, stored=stored)
+    if folder is None:
+        return FeatureSource(runner, None)
+    about = {
+        "version": 1,
+        "target": described,
+        "dtype": target.info.dtype,
+        "data": samples.sha256,
+        "layers": list(layer_ids),
+        "temperature": temperature,
+    }
+    return FeatureSource(runner, FeatureCache(folder, about, world=world))
+
+
+def _template_checksum(folder: Path) -> str | None:
+    import hashlib
+    import json
+
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    try:
+        fields = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    template = fields.get("chat_template") if isinstance(fields, dict) else None
+    return None if template is None else hashlib.sha256(str(template).encode()).hexdigest()
+
+
+def autocast(dtype: torch.dtype, device: torch.device) -> Any:
+    """The context that forwards run in: autocast for bfloat16, nothing for float32."""
+    if dtype is torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype)

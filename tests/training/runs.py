@@ -1,0 +1,88 @@
+"""A tiny target on disk, shards of its answers, recipes for both."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dspark.training.recipe import Recipe, make_recipe
+from tests.conftest import VOCAB, random_model
+
+
+def write_target(folder: Path, family: str = "llama") -> Path:
+    """A random model of four layers, hidden size 64."""
+    random_model(family).save_pretrained(folder)
+    return folder
+
+
+def write_shard(path: Path, count: int = 12, *, seed: int = 0, longest: int = 40) -> Path:
+    rng = np.random.default_rng(seed)
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        for _ in range(count):
+            prompt = rng.integers(0, VOCAB, int(rng.integers(3, 12))).tolist()
+            response = rng.integers(0, VOCAB, int(rng.integers(8, longest))).tolist()
+            line = {"prompt_ids": prompt, "response_ids": response, "source": "toy"}
+            file.write(json.dumps(line) + "\n")
+    return path
+
+
+def recipe_values(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Values of a small recipe; `changes` are section_key=value."""
+    values: dict[str, Any] = {
+        "target": str(folder / "target"),
+        "draft": {
+            "layers": 1,
+            "block_size": 4,
+            "target_layers": 2,
+            "mask_token_id": 4,
+            "markov_rank": 8,
+            "vocabulary": 48,
+        },
+        "data": {"shards": [str(folder / "shard.jsonl.gz")], "validation_share": 0.2},
+        "loss": {},
+        "optimizer": {"lr": 3e-3},
+        "schedule": {},
+        "run": {
+            "steps": 6,
+            "sequences_per_step": 3,
+            "tokens_per_forward": 64,
+            "anchors": 0.5,
+            "checkpoint_every": 2,
+            "validate_every": 3,
+        },
+    }
+    for name, value in changes.items():
+        section, _, key = name.partition("_")
+        if value is None:
+            values[section].pop(key, None)
+        else:
+            values[section][key] = value
+    return values
+
+
+def make_run(folder: Path, **changes: Any) -> Recipe:
+    """A recipe whose target and shard exist."""
+    if not (folder / "target").exists():
+        write_target(folder / "target")
+        write_shard(folder / "shard.jsonl.gz")
+    return make_recipe(recipe_values(folder, **changes))
+
+
+def write_recipe(folder: Path, **changes: Any) -> Path:
+    """The same as a TOML file."""
+    make_run(folder, **changes)
+    lines = []
+    values = recipe_values(folder, **changes)
+    for name, section in values.items():
+        if isinstance(section, dict):
+            lines.append(f"[{name}]")
+            lines += [f"{key} = {json.dumps(value)}" for key, value in section.items()]
+        else:
+            lines.insert(0, f"{name} = {json.dumps(section)}")
+    path = folder / "recipe.toml"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path

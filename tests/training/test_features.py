@@ -1,0 +1,145 @@
+"""Target features: one ragged batch says what every sequence says alone; the cache keeps it."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from dspark.errors import CheckpointError
+from dspark.target import SharesHeadRows
+from dspark.training.feature_cache import FeatureCache
+from dspark.training.features import TargetRunner
+from dspark.training.samples import Sample
+from dspark.training.setup import FeatureSource
+from dspark.training.world import World
+from tests.conftest import FAMILIES, VOCAB, random_model, random_target
+
+LAYERS = (-1, 1, 2)
+
+
+def samples() -> list[Sample]:
+    rng = np.random.default_rng(3)
+    return [
+        Sample(index, rng.integers(0, VOCAB, length), start, "toy")
+        for index, length, start in ((4, 19, 5), (7, 30, 11), (9, 8, 6))
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_features_are_those_of_the_stock_model(family):
+    target = random_target(family, exact=False)
+    model = random_model(family)
+    runner = TargetRunner(target, LAYERS, temperature=1.7)
+    for sample, own in zip(samples(), runner.run(samples()), strict=True):
+        with torch.no_grad():
+            tokens = torch.from_numpy(sample.tokens)[None]
+            out = model(tokens, output_hidden_states=True, use_cache=False)
+        logits = out.logits[0, sample.start : -1]
+        for place, layer in enumerate(LAYERS):
+            wanted = out.hidden_states[layer + 1][0, :-1]
+            found = own.hidden[:, place * 64 : (place + 1) * 64]
+            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            own.final, out.hidden_states[-1][0, sample.start : -1], rtol=1e-3, atol=1e-4
+        )
+        total = torch.logsumexp(logits / 1.7, dim=-1)
+        torch.testing.assert_close(own.total, total, rtol=1e-4, atol=1e-4)
+        assert own.best.tolist() == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gemma4"])
+def test_rows_of_the_head_give_its_logits(family):
+    """Also where the head's weights are packed, and with a soft-cap."""
+    target = random_target(family, exact=False)
+    assert isinstance(target, SharesHeadRows)
+    hidden = torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([3, 4, 50, 95])
+    with torch.no_grad():
+        wanted = target.unembed(hidden)
+    for chosen in (None, ids):
+        rows = target.head_rows(chosen)
+        logits = hidden @ rows.weight.T
+        if rows.softcap is not None:
+            logits = rows.softcap * torch.tanh(logits / rows.softcap)
+        expected = wanted if chosen is None else wanted[:, chosen]
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        assert not rows.weight.is_inference()
+
+
+def test_features_can_be_trained_on():
+    (own, *_) = TargetRunner(random_target("llama", exact=False), (0,)).run(samples())
+    weight = torch.ones(64, 3, requires_grad=True)
+    (own.hidden @ weight).sum().backward()
+    assert weight.grad is not None
+
+
+class CountingRunner:
+    def __init__(self, runner: TargetRunner) -> None:
+        self.runner, self.seen = runner, []
+
+    def run(self, wanted):
+        self.seen.append([sample.index for sample in wanted])
+        return self.runner.run(wanted)
+
+
+def make_source(folder, about, **options):
+    runner = CountingRunner(
+        TargetRunner(random_target("llama", exact=False), (0, 2), stored=torch.bfloat16)
+    )
+    cache = FeatureCache(folder, about, **options)
+    return FeatureSource(runner, cache), runner, cache
+
+
+def test_the_cache_gives_back_what_was_computed(tmp_path):
+    source, runner, _ = make_source(tmp_path, {"target": "toy"})
+    fresh = source.get(samples())
+    assert runner.seen == [[4, 7, 9]]
+    waiting = source.get(samples()[:1])
+    source.flush()
+    again, later, cache = make_source(tmp_path, {"target": "toy"})
+    assert len(cache) == 3
+    for one, other in zip(fresh, again.get(samples()), strict=True):
+        for name in ("hidden", "final", "total", "best"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+    assert later.seen in ([], [[]])
+    assert torch.equal(waiting[0].hidden, fresh[0].hidden)
+    about = json.loads((cache.folder / "about.json").read_text())
+    assert about == {"target": "toy"}
+
+
+def test_only_what_is_missing_is_computed(tmp_path):
+    source, runner, _ = make_source(tmp_path, {"target": "toy"})
+    source.get(samples()[1:2])
+    alone = source.get(samples())
+    assert runner.seen == [[7], [4, 9]]
+    assert [own.hidden.shape[0] for own in alone] == [18, 29, 7]
+
+
+def test_other_features_have_another_folder(tmp_path):
+    make_source(tmp_path, {"target": "toy"})[0].get(samples())
+    _, _, cache = make_source(tmp_path, {"target": "other"})
+    assert len(cache) == 0
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_damaged_part_is_named(tmp_path):
+    source, _, cache = make_source(tmp_path, {"target": "toy"})
+    source.get(samples())
+    source.flush()
+    (part,) = cache.folder.glob("part-*.safetensors")
+    part.write_bytes(part.read_bytes()[:64])
+    with pytest.raises(CheckpointError, match="part-00000"):
+        make_source(tmp_path, {"target": "toy"})
+
+
+def test_processes_of_one_run_read_each_other_s_parts(tmp_path):
+    worlds = [World(rank, 2) for rank in range(2)]
+    one, other = (make_source(tmp_path, {"target": "toy"}, world=world) for world in worlds)
+    made = one[0].get(samples()[:2])
+    one[0].flush()
+    found = other[0].get(samples())
+    assert other[1].seen == [[9]]
+    assert torch.equal(found[1].hidden, made[1].hidden)
