@@ -48,6 +48,7 @@ class ActiveRequest:
         bad_words: Token sequences that must not be completed.
         prompt_index: Index of the prompt in the caller's list.
         leader: The request with the same prompt that prefills first, or None.
+        priority: Weight of its tokens when rows are shared out (docs/scheduling.md), > 0.
         tokens: Prompt and generated tokens; the last one is the anchor once decoding.
         phase: Where it stands.
         slot: Slot in the cache while it has one.
@@ -65,6 +66,7 @@ class ActiveRequest:
     bad_words: tuple[tuple[int, ...], ...] = ()
     prompt_index: int = 0
     leader: ActiveRequest | None = None
+    priority: float = 1.0
     tokens: list[int] = field(default_factory=list)
     phase: Phase = Phase.WAITING
     slot: int | None = None

@@ -5,6 +5,7 @@ Requests join and leave between rounds; every round is one forward over all of t
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections import deque
@@ -18,7 +19,7 @@ from dspark.draft.none import NoDrafter
 from dspark.errors import ConfigError, DataError, DsparkError
 from dspark.intake import Intake
 from dspark.output import OutputText, TextPiece
-from dspark.payoff import PayoffSwitch
+from dspark.payoff import PayoffSwitch, StepSeconds
 from dspark.request import (
     GenerationResult,
     Prompt,
@@ -29,6 +30,7 @@ from dspark.rounds import RoundLimits, RoundRunner
 from dspark.target import Target
 from dspark.text import TextCodec
 from dspark.verify.noise import NoiseKey
+from dspark.verify.scheduler_setting import Schedule
 
 __all__ = ["Engine", "EngineConfig", "StreamChunk"]
 
@@ -43,14 +45,25 @@ class EngineConfig:
             cache comes on top.
         auto_off: Let drafting switch itself off per request while it loses.
         limits: Sizes of a round.
+        schedule: Which drafted nodes are verified where a request states no tree budget of its
+            own: "auto", "early-stop", "global", "async", "threshold:0.3", "fixed:8" or "off"
+            (docs/scheduling.md).
+        step_seconds: What a forward of so many rows takes over so long a context, measured
+            beforehand; None learns it while the engine runs.
+
+    Raises:
+        ConfigError: If a value is out of range.
     """
 
     max_batch: int = 32
     memory_limit: int | None = None
     auto_off: bool = True
     limits: RoundLimits = field(default_factory=RoundLimits)
+    schedule: str = "auto"
+    step_seconds: StepSeconds | None = None
 
     def __post_init__(self) -> None:
+        Schedule.parse(self.schedule)
         if self.max_batch < 1:
             raise ConfigError(f"max_batch is {self.max_batch}, but must be >= 1.")
         if self.memory_limit is not None and self.memory_limit < 1:
@@ -108,7 +121,15 @@ class Engine:
         self._config = EngineConfig() if config is None else config
         self._defaults = dict(sampling_defaults or {})
         self._cache = target.new_cache(memory_limit=self._config.memory_limit)
-        self._runner = RoundRunner(target, self._cache, self._drafter, self._config.limits)
+        self._schedule = Schedule.parse(self._config.schedule)
+        self._runner = RoundRunner(
+            target,
+            self._cache,
+            self._drafter,
+            self._config.limits,
+            schedule=self._schedule,
+            step_seconds=self._config.step_seconds,
+        )
         self._intake = Intake(
             target,
             codec,
@@ -218,6 +239,7 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         on_result: Callable[[GenerationResult], None] | None = None,
+        priority: float | Sequence[float] = 1.0,
     ) -> list[GenerationResult]:
         """Generate for a list of prompts, batched.
 
@@ -226,22 +248,26 @@ class Engine:
                 messages.
             params: Sampling parameters for all, or one for each.
             on_result: Called with every result as it finishes.
+            priority: As in `submit`, for all or one for each.
 
         Returns:
             n consecutive results per prompt, in order. A prompt that fails has `error` set in its
             results; the others go on.
 
         Raises:
-            ConfigError: If `prompts` is a single string, or the lengths differ.
+            ConfigError: If `prompts` is a single string, the lengths differ, or a priority is out
+                of range.
         """
         if isinstance(prompts, str):
             raise ConfigError("prompts is a string, but must be a list.", hint="pass [prompt]")
         per_prompt = self._spread(params, len(prompts))
+        weights = _priorities(priority, len(prompts))
         requests: list[ActiveRequest] = []
         reported: set[int] = set()
         try:
             for index, (prompt, own) in enumerate(zip(prompts, per_prompt, strict=True)):
-                requests.extend(self.submit(prompt, own, prompt_index=index))
+                weight = weights[index]
+                requests.extend(self.submit(prompt, own, prompt_index=index, priority=weight))
             while any(request.phase is not Phase.DONE for request in requests):
                 self.step()
                 if on_result is not None:
@@ -253,7 +279,9 @@ class Engine:
             self._abandon(requests)
         return [request.result() for request in requests]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamChunk]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, priority: float = 1.0
+    ) -> Iterator[StreamChunk]:
         """Generate one sample and yield it round by round.
 
         Closing the iterator cancels the request.
@@ -261,18 +289,19 @@ class Engine:
         Args:
             prompt: As in `generate`.
             params: Sampling parameters with n = 1.
+            priority: As in `submit`.
 
         Yields:
             Chunks; the last one carries the result.
 
         Raises:
-            ConfigError: If n is not 1.
+            ConfigError: If n is not 1, or the priority is out of range.
             DsparkError: If the prompt cannot be used.
         """
         own = SamplingParams() if params is None else params
         if own.n != 1:
             raise ConfigError(f"n is {own.n}, but a stream yields one sample.")
-        (request,) = self.submit(prompt, own)
+        (request,) = self.submit(prompt, own, priority=priority)
         yield from self.follow(request)
 
     def follow(self, request: ActiveRequest) -> Iterator[StreamChunk]:
@@ -313,7 +342,12 @@ class Engine:
     # -- requests -----------------------------------------------------------------------------
 
     def submit(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, prompt_index: int = 0
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        prompt_index: int = 0,
+        priority: float = 1.0,
     ) -> list[ActiveRequest]:
         """Queue a prompt; `step` runs it.
 
@@ -321,11 +355,18 @@ class Engine:
             prompt: As in `generate`.
             params: Sampling parameters.
             prompt_index: Number to put into the results.
+            priority: What a token of this request is worth where requests compete for rows, > 0;
+                2 counts twice. It decides about speed, not about the order of admission and never
+                about the text.
 
         Returns:
             One request per sample. A prompt that cannot be used gives requests that are done, with
-            `error` set.
+            `error` set; so does a rule that the engine's schedule does not allow.
+
+        Raises:
+            ConfigError: If the priority is out of range.
         """
+        (weight,) = _priorities(priority, 1)
         own = SamplingParams() if params is None else params
         seed = secrets.randbits(63) if own.seed is None else own.seed
         error: DsparkError | None = None
@@ -334,6 +375,8 @@ class Engine:
         rule = Rule.GREEDY
         try:
             rule = own.resolved_rule
+            if own.draft:
+                self._schedule.check(rule)
             tokens = self._intake.encode(prompt)
             bad_words = self._intake.bad_words(own)
             self._intake.check(tokens, own, rule)
@@ -351,6 +394,7 @@ class Engine:
                 bad_words=bad_words,
                 prompt_index=prompt_index,
                 leader=requests[0] if requests else None,
+                priority=weight,
                 switch=PayoffSwitch(allowed=self._config.auto_off),
             )
             self._next_id += 1
@@ -439,7 +483,7 @@ class Engine:
             if request.slot is not None:
                 self._cache.release(request.slot)
                 request.slot = None
-            self._drafter.release(request.request_id)
+            self._runner.release(request.request_id)
             request.features.clear()
             request.stats.seconds_total = time.perf_counter() - request.submitted_at
         if done:
@@ -451,3 +495,17 @@ class Engine:
                 request.cancel()
         self._waiting = deque(r for r in self._waiting if r.phase is not Phase.DONE)
         self._retire()
+
+
+def _priorities(priority: float | Sequence[float], count: int) -> list[float]:
+    """One checked priority per prompt."""
+    each = [priority] * count if isinstance(priority, int | float) else list(priority)
+    if len(each) != count:
+        raise ConfigError(
+            f"{len(each)} priorities were given for {count} prompts, but one for all or one for "
+            "each is needed."
+        )
+    bad = next((p for p in each if not 0 < p < math.inf), None)
+    if bad is not None:
+        raise ConfigError(f"priority is {bad}, but must be a finite number > 0.")
+    return each

@@ -1,17 +1,34 @@
-"""Does drafting pay? Measured costs of a forward by rows, and the per-request switch.
+"""Does drafting pay? Costs of a round by its rows, and the per-request switches.
 
 A drafted node pays while the tokens it is expected to add take less time that way than they would
-by more rounds. The costs are measured while the engine runs; nothing here changes the text under
-the greedy, coupled and sample-match rules.
+by more rounds (`dspark.verify.scheduler`). The costs come from a measured profile or are learned
+while the engine runs; nothing here changes the text under the greedy, coupled and sample-match
+rules.
 """
 
 from __future__ import annotations
 
+import math
+import statistics
+from collections import OrderedDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
-__all__ = ["PayoffSwitch", "StepClock"]
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["FirstNode", "PayoffSwitch", "RoundCosts", "StepClock", "StepSeconds"]
+
+FloatArray = NDArray[np.float64]
+
+StepSeconds: TypeAlias = Callable[[int, int], float]
+"""Rows of a forward, committed tokens of a request -> seconds, > 0."""
 
 _DECAY = 0.98
+_OVERHEADS = 15  # drafted rounds whose median is the overhead
+_PER_OCTAVE = 8  # contexts whose costs are told apart between n and 2 n tokens
+_CURVES = 16  # contexts whose costs are kept
 
 
 @dataclass(slots=True)
@@ -81,6 +98,146 @@ class StepClock:
         mean_rows, mean_seconds = self._rows / self._weight, self._seconds / self._weight
         return max(mean_seconds * 0.1, mean_seconds + self.slope * (rows - mean_rows))
 
+    def line(self, first: int, count: int) -> FloatArray:
+        """Estimated seconds of first, first + 1, ... rows, float64 [count]; see `seconds`."""
+        if self._weight == 0:
+            return np.zeros(count)
+        mean_rows, mean_seconds = self._rows / self._weight, self._seconds / self._weight
+        line = np.arange(first, first + count, dtype=np.float64)
+        line -= mean_rows
+        line *= self.slope
+        line += mean_seconds
+        return np.maximum(line, mean_seconds * 0.1, out=line)
+
+
+class RoundCosts:
+    """Seconds of a round: of its forward by rows, and of what comes on top.
+
+    Args:
+        step_seconds: A measured profile, looked up as it is; None learns a line while rounds run.
+
+    Attributes:
+        clock: What is learned while rounds run.
+    """
+
+    def __init__(self, step_seconds: StepSeconds | None = None) -> None:
+        self.clock = StepClock()
+        self._step_seconds = step_seconds
+        self._curves: OrderedDict[int, FloatArray] = OrderedDict()  # seconds of 0, 1, ... rows
+        self._overheads: deque[float] = deque(maxlen=_OVERHEADS)
+
+    @property
+    def is_profiled(self) -> bool:
+        """True if forwards are looked up in a profile."""
+        return self._step_seconds is not None
+
+    @property
+    def is_known(self) -> bool:
+        """True once it can be said what further rows cost."""
+        return self.is_profiled or self.clock.is_known
+
+    @property
+    def overhead(self) -> float:
+        """Seconds of a drafted round outside the forward: the median of the last; 0 before any."""
+        return statistics.median(self._overheads) if self._overheads else 0.0
+
+    def wants_plain(self, requests: int) -> bool:
+        """As `StepClock.wants_plain`; a profile needs no such step."""
+        return not self.is_profiled and self.clock.wants_plain(requests)
+
+    def record(self, rows: int, seconds: float) -> None:
+        """Add a measured forward without prompt rows; see `StepClock.record`."""
+        self.clock.record(rows, seconds)
+
+    def record_overhead(self, seconds: float) -> None:
+        """Add what a drafted round took besides its forward."""
+        self._overheads.append(seconds)
+
+    def forwards(self, first: int, count: int, context: int) -> FloatArray:
+        """Seconds of forwards of first, first + 1, ... rows.
+
+        Args:
+            first: Fewest rows, >= 1.
+            count: How many row counts, >= 1.
+            context: Committed tokens of a request, on average; what a profile was measured for
+                within 5 % counts as the same.
+
+        Returns:
+            float64 [count]; meaningful once `is_known`.
+        """
+        if self._step_seconds is None:
+            return self.clock.line(first, count)
+        octave = round(_PER_OCTAVE * math.log2(max(context, 1)))
+        curve = self._curves.get(octave)
+        if curve is None:
+            curve = np.full(1, np.nan)
+        if len(curve) < first + count:
+            more = np.full(max(first + count - len(curve), len(curve)), np.nan)
+            curve = np.append(curve, more)
+        self._curves[octave] = curve
+        self._curves.move_to_end(octave)
+        if len(self._curves) > _CURVES:
+            self._curves.popitem(last=False)
+        wanted = curve[first : first + count]
+        typical = round(2 ** (octave / _PER_OCTAVE))
+        for i in np.flatnonzero(np.isnan(wanted)).tolist():
+            wanted[i] = self._step_seconds(first + i, typical)
+        return wanted.copy()
+
+    def rates(
+        self, rows: int, context: int, *, with_overhead: bool
+    ) -> Callable[[int], FloatArray] | None:
+        """Rounds per second, for `dspark.verify.scheduler.Load`.
+
+        Args:
+            rows: Rows that a round has without drafted nodes.
+            context: As for `forwards`.
+            with_overhead: Count what a round takes besides its forward, which is measured as
+                rounds run.
+
+        Returns:
+            Nodes n -> float64 [n + 1], with 0, 1, ... n nodes; None while costs are not known.
+        """
+        if not self.is_known:
+            return None
+        extra = self.overhead if with_overhead else 0.0
+        return lambda nodes: 1.0 / (self.forwards(rows, nodes + 1, context) + extra)
+
+
+@dataclass(slots=True)
+class FirstNode:
+    """Tells whether a request's next proposal can be expected to hold a node that pays.
+
+    It cannot if none of the last proposals had one; then nothing is drafted, but for a probe after
+    8 rounds, 16, and so on up to 64, as long as that stays so.
+    """
+
+    _recent: deque[float] = field(default_factory=lambda: deque(maxlen=4))
+    _wait: int = 0
+    _pause: int = 8
+
+    _LONGEST_PAUSE = 64
+
+    def offered(self, survival: float) -> None:
+        """Note the best node's survival of a proposal that was not empty."""
+        self._recent.append(survival)
+
+    def pays(self, bar: float) -> bool:
+        """Decide about the next round, and count it if it is to be skipped.
+
+        Args:
+            bar: Survival that the best node must exceed.
+        """
+        if len(self._recent) < 4 or max(self._recent) > bar:
+            self._wait, self._pause = 0, 8
+            return True
+        if self._wait == 0:
+            self._wait = self._pause
+            self._pause = min(2 * self._pause, self._LONGEST_PAUSE)
+            return False
+        self._wait -= 1
+        return self._wait == 0
+
 
 @dataclass(slots=True)
 class PayoffSwitch:
@@ -92,10 +249,12 @@ class PayoffSwitch:
     Attributes:
         allowed: False to never switch off.
         off_count: Times it switched off.
+        first_node: What the request's last proposals were worth.
     """
 
     allowed: bool = True
     off_count: int = 0
+    first_node: FirstNode = field(default_factory=FirstNode)
     _tokens: float = 0.0
     _ratio: float = 0.0
     _rounds: float = 0.0

@@ -1,11 +1,10 @@
-"""One round: draft, one target forward for everybody, verify, commit.
+"""One round: draft, schedule, one target forward for everybody, verify, commit.
 
 Prefill chunks ride in the same forward as the rounds of requests that decode already.
 """
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,49 +14,22 @@ import torch
 
 from dspark.active import ActiveRequest, Phase
 from dspark.cache import Cache
-from dspark.draft.base import DraftContext, Drafter, Observer
-from dspark.errors import ConfigError, DsparkError, ShapeError
-from dspark.payoff import StepClock
+from dspark.draft.base import Drafter
+from dspark.errors import DsparkError
+from dspark.payoff import RoundCosts, StepSeconds
 from dspark.request import TokenLogprob
+from dspark.round_draft import Drafted, Drafting, slot_of
+from dspark.round_limits import RoundLimits
 from dspark.round_log import round_stats
 from dspark.target import BatchPart, Target, TargetOutput, TokenBatch
 from dspark.tree import Proposal
 from dspark.tree_build import verify_part
+from dspark.verify.scheduler import Scheduler
+from dspark.verify.scheduler_drift import Outcome
+from dspark.verify.scheduler_setting import Schedule
 from dspark.verify.verifier import Verdict, VerifyJob, verify
 
 __all__ = ["RoundLimits", "RoundRunner"]
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RoundLimits:
-    """Sizes of a round.
-
-    Attributes:
-        tree_budget: Nodes per request and round where the request does not say.
-        depth: Longest drafted path where the request does not say.
-        max_rows: Tree rows of a forward, over all requests; budgets shrink to fit.
-        prefill_chunk: Prompt tokens of a forward, over all requests.
-        keep_rounds: Keep a log of rounds in each request's statistics.
-    """
-
-    tree_budget: int = 15
-    depth: int = 8
-    max_rows: int = 64
-    prefill_chunk: int = 512
-    keep_rounds: bool = False
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("tree_budget", 0),
-            ("depth", 1),
-            ("max_rows", 1),
-            ("prefill_chunk", 1),
-        ):
-            value = getattr(self, name)
-            if value < least:
-                raise ConfigError(f"{name} is {value}, but must be >= {least}.")
 
 
 @dataclass(slots=True)
@@ -85,16 +57,27 @@ class RoundRunner:
         cache: Its cache.
         drafter: The drafter.
         limits: Sizes.
+        schedule: How drafted nodes are admitted.
+        step_seconds: What forwards cost, if that was measured beforehand.
     """
 
-    def __init__(self, target: Target, cache: Cache, drafter: Drafter, limits: RoundLimits) -> None:
+    def __init__(
+        self,
+        target: Target,
+        cache: Cache,
+        drafter: Drafter,
+        limits: RoundLimits,
+        *,
+        schedule: Schedule | None = None,
+        step_seconds: StepSeconds | None = None,
+    ) -> None:
         self._target = target
         self._cache = cache
-        self._drafter = drafter
         self._limits = limits
         self._eos = frozenset(target.info.eos_token_ids)
-        self._drafter_failed = False
-        self.clock = StepClock()
+        self._costs = RoundCosts(step_seconds)
+        scheduler = Scheduler(schedule)
+        self._drafting = Drafting(target, cache, drafter, limits, scheduler, self._costs)
 
     def run(self, requests: Sequence[ActiveRequest]) -> None:
         """Run one forward over all requests and commit what it accepted.
@@ -104,99 +87,44 @@ class RoundRunner:
         """
         start = time.perf_counter()
         decoding = [r for r in requests if r.phase is Phase.DECODE]
-        drafts = self._draft(decoding)
+        prefill = self._prefill_parts(requests)
+        load = self._drafting.load(decoding, sum(len(part.part.token_ids) for part in prefill))
+        propose_at = time.perf_counter()
+        proposals = self._drafting.propose(decoding, load)
         drafted_at = time.perf_counter()
-        parts = self._decode_parts(decoding, drafts) + self._prefill_parts(requests)
-        parts = [part for part in parts if self._reserve(part)]
+        parts = self._decode_parts(decoding, self._drafting.cut(decoding, proposals, load))
+        parts = [part for part in parts + prefill if self._reserve(part)]
         if not parts:
             return
         batch = TokenBatch.build([part.part for part in parts])
         forward_at = time.perf_counter()
-        capture = () if self._drafter_failed else self._drafter.capture
-        output = self._target.forward(batch, self._cache, capture=capture)
+        output = self._target.forward(batch, self._cache, capture=self._drafting.capture)
         if output.logits.device.type != "cpu":
             torch.accelerator.synchronize(output.logits.device)
         forward_end = time.perf_counter()
         self._settle(parts, output)
-        self._hand_over(requests)
+        self._drafting.finish(requests)
         end = time.perf_counter()
-        self._account(
-            parts,
-            draft=drafted_at - start,
-            forward=forward_end - forward_at,
-            rest=(forward_at - drafted_at) + (end - forward_end),
-        )
+        draft, forward = drafted_at - propose_at, forward_end - forward_at
+        self._account(parts, draft=draft, forward=forward, rest=end - start - draft - forward)
 
-    # -- drafting -----------------------------------------------------------------------------
-
-    def _draft(self, decoding: Sequence[ActiveRequest]) -> dict[int, tuple[Proposal, int]]:
-        """Trimmed proposals by request id, each with the number of nodes before trimming."""
-        contexts = []
-        for request in decoding:
-            context = self._context(request, len(decoding))
-            if context is not None:
-                contexts.append(context)
-        if not contexts:
-            return {}
-        try:
-            proposals = self._drafter.propose(contexts)
-            pairs = list(zip(contexts, proposals, strict=True))
-            for context, proposal in pairs:
-                _check_limits(context, proposal)
-            return {
-                c.request_id: (self._trim(c, p, len(decoding)), p.tree.num_nodes) for c, p in pairs
-            }
-        except Exception as exc:  # noqa: BLE001 - drafters are plug-ins: whatever breaks in one
-            # must cost speed, never the answer.
-            self._give_up(exc)
-            return {}
-
-    def _give_up(self, exc: Exception) -> None:
-        if not self._drafter_failed:
-            logger.warning("drafter %s failed, decoding plainly: %s", self._drafter.name, exc)
-        self._drafter_failed = True
-
-    def _context(self, request: ActiveRequest, count: int) -> DraftContext | None:
-        params, limits = request.params, self._limits
-        budget = limits.tree_budget if params.tree_budget is None else params.tree_budget
-        if params.tree_budget is None:
-            budget = min(budget, max(1, limits.max_rows // count - 1))
-        most = self._target.exactness.max_nodes
-        budget = budget if most is None else min(budget, most)
-        # The closing token comes on top of the path, so the last remaining token needs no draft.
-        room = request.remaining(self._target.info.max_positions) - 1
-        depth = min(limits.depth if params.depth is None else params.depth, room, budget)
-        wanted = params.draft and budget > 0 and depth > 0 and not self._drafter_failed
-        measure_plain = request.switch.allowed and self.clock.wants_plain(count)
-        if not wanted or measure_plain or not request.switch.is_on:
-            request.switch.skipped()
-            return None
-        return _draft_context(request, request.tokens, budget=budget, depth=depth)
-
-    def _trim(self, context: DraftContext, proposal: Proposal, count: int) -> Proposal:
-        """Drop nodes whose expected tokens cost more time than plain steps of `count` requests."""
-        tree = proposal.tree
-        if tree.num_nodes == 0 or context.rule.draws_from_laws or not self.clock.is_known:
-            return proposal
-        if context.params.tree_budget is not None:
-            return proposal
-        plain = self.clock.seconds(count) / count
-        keep = tree.survival * plain > self.clock.slope
-        if keep.all():
-            return proposal
-        return proposal.subtree(keep)  # survival falls along paths, so this is ancestor-closed
+    def release(self, request_id: int) -> None:
+        """Forget a request that is done; unknown ids are ignored."""
+        self._drafting.release(request_id)
 
     # -- the batch ----------------------------------------------------------------------------
 
     def _decode_parts(
-        self, decoding: Sequence[ActiveRequest], drafts: dict[int, tuple[Proposal, int]]
+        self, decoding: Sequence[ActiveRequest], drafts: dict[int, Drafted]
     ) -> list[_Part]:
         parts = []
+        nothing = Drafted(Proposal.empty(), 0)
         for request in decoding:
-            proposal, offered = drafts.get(request.request_id, (Proposal.empty(), 0))
-            position = len(request.tokens) - 1
-            part = verify_part(_slot(request), request.tokens[-1], position, proposal.tree)
-            parts.append(_Part(request, proposal, part, is_prefill=False, offered=offered))
+            draft = drafts.get(request.request_id, nothing)
+            tree, position = draft.proposal.tree, len(request.tokens) - 1
+            part = verify_part(slot_of(request), request.tokens[-1], position, tree)
+            made = _Part(request, draft.proposal, part, is_prefill=False, offered=draft.offered)
+            parts.append(made)
         return parts
 
     def _prefill_parts(self, requests: Sequence[ActiveRequest]) -> list[_Part]:
@@ -205,17 +133,17 @@ class RoundRunner:
         for request in requests:
             if request.phase is not Phase.PREFILL or room <= 0:
                 continue
-            done = self._cache.length(_slot(request))
+            done = self._cache.length(slot_of(request))
             chunk = request.prompt[done : done + room]
             ends = done + len(chunk) == len(request.prompt)
-            part = BatchPart.chain(_slot(request), chunk, done, want_last=ends)
+            part = BatchPart.chain(slot_of(request), chunk, done, want_last=ends)
             parts.append(_Part(request, Proposal.empty(), part, is_prefill=True, ends_prefill=ends))
             room -= len(chunk)
         return parts
 
     def _reserve(self, part: _Part) -> bool:
         try:
-            self._cache.reserve(_slot(part.request), len(part.part.token_ids))
+            self._cache.reserve(slot_of(part.request), len(part.part.token_ids))
         except DsparkError as exc:
             part.request.fail(exc.message, exc.hint)
             return False
@@ -291,34 +219,14 @@ class RoundRunner:
     def _commit(
         self, part: _Part, kept: Sequence[int], output: TargetOutput, first_row: int
     ) -> None:
-        self._cache.commit(_slot(part.request), kept)
+        self._cache.commit(slot_of(part.request), kept)
         if part.needs_scrub:
-            self._cache.scrub(_slot(part.request))
+            self._cache.scrub(slot_of(part.request))
         if not part.request.params.draft:
             return  # nobody will ask for its hidden states
         for layer, hidden in output.hidden.items():
             rows = hidden[[first_row + row for row in kept]]
             part.request.features.setdefault(layer, []).append(rows)
-
-    def _hand_over(self, requests: Sequence[ActiveRequest]) -> None:
-        """Let the drafter take in hidden states that pile up: of a long prompt, or while it is off.
-
-        Otherwise a prompt of a million tokens would keep the captured layers of all of them.
-        """
-        if self._drafter_failed or not isinstance(self._drafter, Observer):
-            return
-        contexts = []
-        for request in requests:
-            pending = sum(len(rows) for rows in next(iter(request.features.values()), []))
-            if pending < self._limits.prefill_chunk or request.phase is Phase.DONE:
-                continue
-            known = request.tokens[: self._cache.length(_slot(request)) + 1]
-            contexts.append(_draft_context(request, known, budget=1, depth=1))
-        try:
-            if contexts:
-                self._drafter.observe(contexts)
-        except Exception as exc:  # noqa: BLE001 - as in _draft
-            self._give_up(exc)
 
     def _append(self, part: _Part, verdict: Verdict, logits: torch.Tensor, start: int) -> None:
         request, tree = part.request, part.proposal.tree
@@ -346,6 +254,10 @@ class RoundRunner:
         # Tokens cut off by an end token were accepted but never committed: they do not count.
         accepted = min(len(verdict.path), committed)
         request.rounds += 1
+        if part.offered:
+            is_drawn = request.rule.draws_from_laws
+            outcome = Outcome(request.request_id, is_drawn, tree, len(verdict.path))
+            self._drafting.note(outcome)
         stats.rounds += 1
         stats.proposed += part.offered
         stats.verified += tree.num_nodes
@@ -368,9 +280,11 @@ class RoundRunner:
     ) -> None:
         rows = sum(len(part.part.token_ids) for part in parts)
         decoding = [part for part in parts if not part.is_prefill]
-        if len(decoding) == len(parts):
-            self.clock.record(rows, forward)
         drafted = sum(part.offered > 0 for part in decoding)
+        if len(decoding) == len(parts):
+            self._costs.record(rows, forward)
+            if drafted:
+                self._costs.record_overhead(draft + rest)
         for part in parts:
             stats = part.request.stats
             share = forward * len(part.part.token_ids) / rows
@@ -380,49 +294,28 @@ class RoundRunner:
             stats.seconds_verify += share
             stats.seconds_draft += draft / len(decoding)
             stats.seconds_rest += rest / len(decoding)
-            if part.offered and self.clock.is_known:
-                nodes = part.proposal.tree.num_nodes
-                extra = draft / drafted + self.clock.slope * nodes
-                plain = self.clock.seconds(len(decoding)) / len(decoding)
-                committed = stats.committed - part.request.committed_before
-                part.request.switch.drafted(committed, extra, plain)
-            part.request.committed_before = stats.committed
+        if drafted and self._costs.is_known:
+            self._weigh(decoding, draft / drafted)
+        for part in decoding:
+            part.request.committed_before = part.request.stats.committed
 
+    def _weigh(self, decoding: Sequence[_Part], draft: float) -> None:
+        """Tell the switches of requests that drafted what they gained.
 
-def _draft_context(
-    request: ActiveRequest, tokens: Sequence[int], *, budget: int, depth: int
-) -> DraftContext:
-    """What the drafter is told of a request; the hidden states that waited for it go along."""
-    features = {layer: torch.cat(rows) for layer, rows in request.features.items()}
-    request.features.clear()
-    return DraftContext(
-        request_id=request.request_id,
-        tokens=tokens,
-        prompt_length=len(request.prompt),
-        params=request.params,
-        rule=request.rule,
-        noise=request.noise,
-        round=request.rounds + 1,
-        budget=budget,
-        depth=depth,
-        width=request.params.width,
-        features=features or None,
-    )
-
-
-def _check_limits(context: DraftContext, proposal: Proposal) -> None:
-    tree = proposal.tree
-    if tree.num_nodes > context.budget or tree.max_depth > context.depth:
-        raise ShapeError(
-            f"a proposal has {tree.num_nodes} nodes and depth {tree.max_depth}, but at most "
-            f"{context.budget} and {context.depth} were asked for."
-        )
-
-
-def _slot(request: ActiveRequest) -> int:
-    if request.slot is None:
-        raise RuntimeError(f"request {request.request_id} takes part without a slot")
-    return request.slot
+        Args:
+            decoding: Requests that decode.
+            draft: Seconds that drafting took for each of those that did.
+        """
+        count = len(decoding)
+        nodes = sum(part.proposal.tree.num_nodes for part in decoding)
+        context = sum(len(part.request.tokens) for part in decoding) // count
+        seconds = self._costs.forwards(count, nodes + 1, context)
+        each = (seconds[-1] - seconds[0]) / max(nodes, 1)
+        for part in decoding:
+            if part.offered:
+                extra = draft + float(each) * part.proposal.tree.num_nodes
+                committed = part.request.stats.committed - part.request.committed_before
+                part.request.switch.drafted(committed, extra, float(seconds[0]) / count)
 
 
 def _logprob(logits: torch.Tensor, token: int, count: int) -> TokenLogprob:

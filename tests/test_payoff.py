@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import random
 
+import numpy as np
 import pytest
 
-from dspark.payoff import PayoffSwitch, StepClock
+from dspark.payoff import FirstNode, PayoffSwitch, RoundCosts, StepClock
 
 
 def line(rows: float) -> float:
@@ -139,3 +140,109 @@ def test_without_a_measured_plain_step_nothing_is_decided() -> None:
     for _ in range(50):
         switch.drafted(1, 1.0, 0.0)
     assert switch.is_on
+
+
+# -- costs of a round ------------------------------------------------------------------------------
+
+
+def test_a_profile_is_read_as_it_is_and_once() -> None:
+    asked = []
+
+    def jagged(rows: int, context: int) -> float:
+        asked.append((rows, context))
+        return 1.0 + rows % 3 + context / 1000
+
+    costs = RoundCosts(jagged)
+    assert costs.is_known
+    assert not costs.wants_plain(1)
+    seconds = costs.forwards(4, 5, 1000)
+    context = asked[0][1]
+    assert 950 <= context <= 1050
+    assert seconds.tolist() == [1.0 + rows % 3 + context / 1000 for rows in range(4, 9)]
+    assert len(asked) == 5
+    costs.forwards(6, 4, 1020)  # much the same context
+    assert asked[5:] == [(9, context)]
+    costs.forwards(6, 1, 2000)
+    assert len(asked) == 7
+    assert asked[-1][0] == 6
+
+
+def test_a_profile_is_not_kept_for_every_context_there_ever_was() -> None:
+    asked = []
+    costs = RoundCosts(lambda rows, context: asked.append(context) or 1.0)
+    for turn in range(2):
+        for power in range(40):
+            costs.forwards(1, 1, 2**power)
+        assert len(asked) == 40 * (turn + 1)
+
+
+def test_without_a_profile_the_clock_gives_the_costs() -> None:
+    costs = RoundCosts()
+    assert costs.rates(1, 10, with_overhead=True) is None
+    for i in range(60):
+        costs.record(1 + i % 16, line(1 + i % 16))
+    np.testing.assert_allclose(costs.forwards(3, 20, 10), [line(r) for r in range(3, 23)])
+    rates = costs.rates(3, 10, with_overhead=True)
+    np.testing.assert_allclose(rates(4), [1 / line(r) for r in range(3, 8)])
+
+
+@pytest.mark.parametrize("slope", [-0.001, 0.0, 0.004])
+def test_a_line_of_costs_is_what_single_readings_give(slope: float) -> None:
+    clock = StepClock()
+    assert clock.line(2, 3).tolist() == [0.0] * 3
+    for i in range(40):
+        clock.record(50 + i % 16, max(1e-4, slope * (i % 16)))
+    np.testing.assert_allclose(clock.line(1, 70), [clock.seconds(r) for r in range(1, 71)])
+
+
+def test_what_a_round_takes_besides_its_forward_flattens_the_rates() -> None:
+    costs = RoundCosts(lambda rows, context: float(rows))
+    costs.record_overhead(60.0)  # the draft read the prompt
+    for _ in range(6):
+        costs.record_overhead(3.0)
+    assert costs.overhead == 3.0
+    assert costs.rates(1, 10, with_overhead=True)(2).tolist() == [1 / 4, 1 / 5, 1 / 6]
+    assert costs.rates(1, 10, with_overhead=False)(2).tolist() == [1, 1 / 2, 1 / 3]
+
+
+# -- the first node --------------------------------------------------------------------------------
+
+
+def drafted(first: FirstNode, rounds: int, survival: float, bar: float) -> list[int]:
+    """Numbers of the rounds that draft, all proposals being alike."""
+    numbers = []
+    for number in range(rounds):
+        if first.pays(bar):
+            numbers.append(number)
+            first.offered(survival)
+    return numbers
+
+
+def test_a_first_node_that_does_not_pay_is_probed_ever_more_rarely() -> None:
+    numbers = drafted(FirstNode(), 600, 0.2, 0.3)
+    assert numbers[:4] == [0, 1, 2, 3]
+    pauses = [b - a - 1 for a, b in itertools.pairwise(numbers) if b - a > 1]
+    assert pauses[:4] == [8, 16, 32, 64]
+    assert set(pauses[4:]) == {64}
+
+
+def test_a_first_node_that_pays_is_drafted_in_every_round() -> None:
+    assert len(drafted(FirstNode(), 100, 0.4, 0.3)) == 100
+    assert len(drafted(FirstNode(), 100, 0.01, 0.0)) == 100
+
+
+def test_a_lower_bar_is_noticed_at_once_and_pauses_begin_anew() -> None:
+    first = FirstNode()
+    drafted(first, 300, 0.2, 0.3)
+    assert drafted(first, 5, 0.2, 0.1) == [0, 1, 2, 3, 4]
+    numbers = drafted(first, 20, 0.2, 0.3)
+    assert numbers == [8]
+
+
+def test_one_good_proposal_of_the_last_four_is_enough() -> None:
+    first = FirstNode()
+    for survival in (0.9, 0.1, 0.1, 0.1):
+        first.offered(survival)
+    assert first.pays(0.5)
+    first.offered(0.1)
+    assert not first.pays(0.5)

@@ -9,7 +9,9 @@ from dspark import SamplingParams
 from dspark.engine import Engine, EngineConfig
 from dspark.rounds import RoundLimits
 from dspark.tree import Proposal
+from dspark.verify.scheduler import Scheduler
 from tests.conftest import random_target
+from tests.eval.toys import toy_pair
 
 CHUNK = 8
 
@@ -87,3 +89,54 @@ def test_a_listener_that_breaks_costs_no_answer(caplog: pytest.LogCaptureFixture
     listener.fails = True
     assert engine_of(listener).generate(prompt, params)[0].token_ids == expected
     assert "decoding plainly" in caplog.text
+
+
+class Asked(Listener):
+    """Notes what it is asked for."""
+
+    capture = ()
+
+    def __init__(self):
+        self.asked = []
+
+    def propose(self, contexts):
+        self.asked += [(context.budget, context.depth) for context in contexts]
+        return [Proposal.empty() for _ in contexts]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "count", "expected"),
+    [
+        ("auto", 1, (15, 8)),
+        ("auto", 8, (7, 7)),
+        ("fixed:3", 1, (3, 3)),
+        ("fixed:3", 8, (3, 3)),
+        ("fixed:12", 8, (7, 7)),
+    ],
+)
+def test_what_the_drafter_is_asked_for(schedule: str, count: int, expected: tuple[int, int]):
+    drafter = Asked()
+    config = EngineConfig(schedule=schedule, auto_off=False)
+    own = Engine(toy_pair()[0], drafter=drafter, config=config)
+    own.generate([[3 + i] for i in range(count)], SamplingParams(max_tokens=12))
+    assert drafter.asked[0] == expected
+
+
+def test_a_fixed_budget_of_zero_drafts_nothing():
+    drafter = Asked()
+    own = Engine(toy_pair()[0], drafter=drafter, config=EngineConfig(schedule="fixed:0"))
+    own.generate([[3]], SamplingParams(max_tokens=12))
+    assert not drafter.asked
+    own.generate([[3]], SamplingParams(max_tokens=12, tree_budget=2))
+    assert drafter.asked
+
+
+def test_the_scheduler_forgets_requests_that_are_done(monkeypatch: pytest.MonkeyPatch):
+    gone = []
+    monkeypatch.setattr(Scheduler, "release", lambda self, request_id: gone.append(request_id))
+    own = Engine(toy_pair()[0], drafter=Asked())
+    own.generate([[3], [4]], SamplingParams(max_tokens=3))
+    (last,) = own.submit([5], SamplingParams(max_tokens=100))
+    own.step()
+    own.cancel(last)
+    assert sorted(gone) == [0, 1, 2]
