@@ -50,7 +50,8 @@ class DSparkDrafterConfig(GrowthConfig):
     Attributes:
         beams: As there. Three rows are what a CPU multiplies for the price of one
             (benchmarks/draft_cost.py).
-        kept_positions: Context positions of released requests to keep for later ones.
+        kept_positions: Context positions of released requests to keep for later ones, counted in
+            rows of buffers.
 
     Raises:
         ConfigError: If a value is outside its range.
@@ -188,12 +189,12 @@ class DSparkDrafter:
     def release(self, request_id: int) -> None:
         """Forget a request; unknown ids are ignored."""
         cache = self._caches.pop(request_id, None)
-        if cache is None:
+        if cache is None or not cache.length:
             return
         self._released[request_id] = cache
-        total = sum(kept.length for kept in self._released.values())
+        total = sum(kept.capacity for kept in self._released.values())
         while total > self._config.kept_positions:
-            total -= self._released.popitem(last=False)[1].length
+            total -= self._released.popitem(last=False)[1].capacity
 
     # -- context ------------------------------------------------------------------------------
 

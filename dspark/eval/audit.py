@@ -369,8 +369,10 @@ class _Audit:
         """Turn what there is into results."""
         checks = self.report.checks
         if self.rollback is not None:
-            checks.append(self.rollback.result())
-        checks.extend(check.result() for check in self.tokens if check.settings or check.errors)
+            has_seen = self.rollback.rounds > 0 or bool(self.rollback.faults)
+            if has_seen or not self.report.is_interrupted:
+                checks.append(self.rollback.result())
+        checks.extend(check.result() for check in self.tokens if check.samples or check.errors)
         started = [check for check in self.laws if check.samples or check.errors]
         drawn = list(dict.fromkeys(c.rule for c in started if c.rule.draws_from_laws))
         if drawn:

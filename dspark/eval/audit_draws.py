@@ -9,7 +9,9 @@ few draws, so noise is looked for with which the two best candidates nearly tie 
 the drafter is asked to draw with that.
 
 Candidates offered with certainty are drawn from nothing: in one context they must be the same
-whatever the noise. The number of children of the anchor must not depend on the noise either.
+whatever the noise. The number of children of the anchor must not depend on the noise either, and a
+chain must go on after a token wherever it goes on after that token and the same ones before it:
+what was dropped for what it turned out to be would be missing from the law.
 
 Letters: V vocabulary.
 """
@@ -102,7 +104,8 @@ class DrawRecorder:
     _first_draws: dict[_Place, tuple[int, FloatArray]] = field(default_factory=dict)
     _ties: dict[tuple[object, ...], list[int]] = field(default_factory=dict)
     _pending: list[tuple[DraftContext, Proposal]] = field(default_factory=list)
-    _shapes: dict[tuple[object, ...], tuple[int, ...]] = field(default_factory=dict)
+    _shapes: dict[_Place, tuple[int, ...]] = field(default_factory=dict)
+    _goes_on: dict[_Place, bool] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -137,12 +140,12 @@ class DrawRecorder:
         pending, self._pending = self._pending, []
         for context, proposal in pending:
             tree = proposal.tree
-            if not tree.num_nodes:
-                continue
             if len(proposal.law_of) != tree.num_nodes:
                 self._fault("a proposal names no law for its tokens")
                 continue
-            self._note_anchor(context, proposal)
+            if context.round == 1:
+                self._note_length(context, proposal)
+                self._note_anchor(context, proposal)
             for group in self._groups(context, proposal):
                 self._redraw(context, proposal, group)
                 if context.round == 1 and group.parent < 0:
@@ -176,10 +179,10 @@ class DrawRecorder:
 
     def _note_anchor(self, context: DraftContext, proposal: Proposal) -> None:
         """Compare what hangs at the anchor with other samples of the same first round."""
-        if context.round != 1:
-            return
         tree, law_of = proposal.tree, proposal.law_of.tolist()
         children = np.flatnonzero(tree.parent == -1).tolist()
+        if not children:
+            return
         shape = tuple(
             int(tree.token[node]) if law_of[node] == POINT_MASS else -1 for node in children
         )
@@ -188,15 +191,28 @@ class DrawRecorder:
         support = tuple(
             int(np.count_nonzero(_law(proposal, law, 0, self.vocab_size))) for law in sorted(laws)
         )
-        place = _place(context.tokens, context.params)
-        known = self._shapes.setdefault((place, support), shape)
+        known = self._shapes.setdefault((*_asked(context), support), shape)
         if known != shape:
             self._fault(
                 f"the anchor's children depend on the noise: {shape} after {known} in one context "
                 "(-1 is a drawn token)"
             )
-        if children and place not in self._first_laws:
+        place = _place(context.tokens, context.params)
+        if place not in self._first_laws:
             self._first_laws[place] = _law(proposal, law_of[children[0]], shape[0], self.vocab_size)
+
+    def _note_length(self, context: DraftContext, proposal: Proposal) -> None:
+        """Compare where a chain ends with other samples of the same first round."""
+        tree = proposal.tree
+        tokens = tuple(tree.token.tolist()) if tree.is_chain else ()
+        for size in range(len(tokens) + 1):
+            goes_on = size < tree.num_nodes
+            place = (*_asked(context), tokens[:size])
+            if self._goes_on.setdefault(place, goes_on) != goes_on:
+                self._fault(
+                    f"after the drafted tokens {list(tokens[:size])} one draft of a context ends "
+                    "and another goes on: its length depends on what was drawn next"
+                )
 
     def _groups(self, context: DraftContext, proposal: Proposal) -> list[_Group]:
         """The drawn siblings of a proposal, named as the drafter that drew them did."""
@@ -293,6 +309,12 @@ def _place(tokens: Sequence[int], params: SamplingParams) -> _Place:
     """What a first draw depends on but for the noise."""
     shaped = (params.temperature, params.top_k, params.top_p, params.min_p)
     return (tuple(tokens), params.rule, *shaped, params.tree_budget, params.depth, params.width)
+
+
+def _asked(context: DraftContext) -> _Place:
+    """What the shape of a first draft may depend on: the place, and how much was asked for."""
+    place = _place(context.tokens, context.params)
+    return (*place, context.budget, context.depth, context.width)
 
 
 def _law(proposal: Proposal, index: int, token: int, size: int) -> FloatArray:

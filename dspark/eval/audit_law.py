@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from dspark.engine import Engine, EngineConfig
 from dspark.eval.audit_draws import DrawRecorder
-from dspark.eval.audit_report import CheckResult, Status
+from dspark.eval.audit_report import ONLY_REJECTIONS, CheckResult, Status
 from dspark.eval.chi_square import (
     LEAST_EXPECTED,
     LawTest,
@@ -300,6 +300,8 @@ class LawAudit:
             f"{self.verified} drafted nodes judged; least of {len(tests)} p-values "
             f"{tests[worst].p_value:.2g}"
         )
+        if not self.accepted:
+            evidence += ONLY_REJECTIONS
         return Status.PASSED, evidence, ""
 
     def _power(self, level: float) -> tuple[str, dict[str, float | None]]:

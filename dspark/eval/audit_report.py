@@ -19,9 +19,12 @@ from dspark._version import __version__
 from dspark.draft.base import Drafter
 from dspark.target import Target
 
-__all__ = ["AuditReport", "CheckResult", "Status", "header"]
+__all__ = ["ONLY_REJECTIONS", "AuditReport", "CheckResult", "Status", "header"]
 
 SCHEMA = 1
+
+ONLY_REJECTIONS = "; no draft was accepted, so only rejections were put to the test"
+"""What a check's evidence adds where that is so."""
 
 
 class Status(StrEnum):

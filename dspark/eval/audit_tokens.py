@@ -17,7 +17,7 @@ import torch
 from dspark.draft.base import Drafter
 from dspark.engine import Engine, EngineConfig
 from dspark.eval.audit_cache import TargetNoise, fresh_logits
-from dspark.eval.audit_report import CheckResult, Status
+from dspark.eval.audit_report import ONLY_REJECTIONS, CheckResult, Status
 from dspark.request import GenerationResult, Rule, SamplingParams
 from dspark.target import Target
 from dspark.verify.noise import NoiseKey, Stream, perturbed_topk
@@ -244,6 +244,8 @@ class TokenAudit:
             f"{self.tokens} tokens of {self.samples} samples are plain decoding's; "
             f"{self.verified} drafted nodes judged, {self.accepted} accepted, tau {tau:.2f}"
         )
+        if not self.accepted:
+            evidence += ONLY_REJECTIONS
         if not ties:
             return Status.PASSED, evidence, ""
         gap = max(abs(d.gap or 0.0) for d in ties)

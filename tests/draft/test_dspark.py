@@ -309,6 +309,22 @@ def test_without_a_donor_the_draft_goes_on_from_what_it_has(given):
     assert drafter.propose([known])[0].tree.num_nodes
 
 
+def test_many_short_requests_are_not_all_kept(given):
+    """What is kept is counted by its memory: a buffer has 64 rows for a context of nine."""
+    drafter = DSparkDrafter(make_module(), config=DSparkDrafterConfig(kept_positions=640))
+    for number in range(40):
+        context = given(10)
+        context.request_id = number
+        drafter.propose([context])
+        drafter.release(number)
+    assert len(drafter._released) == 10
+    late = given(10)
+    late.request_id, late.features = 99, None
+    drafter.propose([late])  # nothing has come for it yet
+    drafter.release(99)
+    assert 99 not in drafter._released
+
+
 def test_missing_hidden_states_cost_the_draft_only(given, caplog):
     drafter = DSparkDrafter(make_module())
     context = given(9)
@@ -388,7 +404,7 @@ def test_penalties_see_the_path(given):
         {"target_layer_ids": ()},
         {"markov_head_type": "gru"},
         {"markov_rank": 0},
-        {"draft_vocab_size": 5, "owns_head": False},
+        {"draft_vocab_size": VOCAB + 1},
     ],
 )
 def test_impossible_modules_are_refused(options):
