@@ -17,9 +17,12 @@ import typer
 from typer.core import TyperGroup
 
 from dspark._version import __version__
-from dspark.commands import audit, chat, convert, generate, models, plan
+from dspark.commands import audit, chat, convert, doctor, generate, models, plan, profile, report
 from dspark.commands import eval as eval_commands
+from dspark.commands.bench import bench_command
 from dspark.commands.console import print_error, stderr_console
+from dspark.commands.data import data_command
+from dspark.commands.train import train
 from dspark.errors import DataError, DsparkError
 
 __all__ = ["app", "main"]
@@ -59,6 +62,12 @@ app.command("convert")(convert.convert)
 app.command("plan")(plan.plan)
 app.command("audit")(audit.audit)
 app.command("eval")(eval_commands.eval_command)
+app.command("data")(data_command)
+app.command("bench")(bench_command)
+app.command("profile")(profile.profile)
+app.command("doctor")(doctor.doctor)
+app.command("report")(report.report)
+app.command("train")(train)
 app.add_typer(models.app, name="models")
 
 
