@@ -165,6 +165,7 @@ def test_appendix_a_in_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert abs(second.count(0) / 300 - 0.85) < 4 * np.sqrt(0.85 * 0.15 / 300)
 
 
+@pytest.mark.slow  # many thousand samples
 def test_requests_with_one_seed_keep_the_law_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both have the same noise, so what one drew is what the other is about to draw.
 

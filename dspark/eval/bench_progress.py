@@ -5,8 +5,10 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from dspark.eval.bench import Planned
+if TYPE_CHECKING:  # the command shows its help without torch
+    from dspark.eval.bench import Planned
 
 __all__ = ["TimeLeft"]
 

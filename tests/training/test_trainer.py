@@ -160,6 +160,7 @@ def test_a_killed_run_goes_on_bitwise(folder):
     assert len([line for line in log_of(folder, "killed") if line["kind"] == "step"]) == 14
 
 
+@pytest.mark.slow  # starts a process that imports torch
 def test_an_interrupted_command_writes_a_checkpoint(folder):
     path = write_recipe(folder, run_steps=100_000, run_checkpoint_every=100_000)
     command = [sys.executable, "-m", "dspark.cli", "train", str(path), "--threads", "1"]

@@ -57,6 +57,9 @@ def test_an_understated_survival_is_raised_but_never_above_one_or_the_parent() -
     assert values[2] <= values[0]
     assert values[3] <= values[2]
     assert values[3] > 0.6
+    steep = believed(drift, chain_of(0.5, 0.5, 0.5))  # which alone would be .9, 1.8 and 3
+    assert (steep == steep[0]).all()
+    assert believed(drift, chain_of(0.9)).tolist() == [1.0]
 
 
 def test_a_calibrated_draft_is_left_alone() -> None:

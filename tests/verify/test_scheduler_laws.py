@@ -31,7 +31,7 @@ from dspark.verify.scheduler import Offer, Scheduler
 from dspark.verify.scheduler_order import in_judging_order
 from dspark.verify.scheduler_setting import Schedule, ScheduleKind
 from tests.eval.toys import VOCAB, toy_pair
-from tests.verify.scheduling import chain_of, jagged, lines, load_of, masks, rounds
+from tests.verify.scheduling import chain_of, jagged, lines, load_of, masks, plan, rounds
 
 STRICT = ("auto", "early-stop", "async", "threshold:0.4", "fixed:2")
 
@@ -218,6 +218,18 @@ def test_a_request_with_the_same_noise_has_no_say(
             kept = masks(now, scheduler.plan(now, load))
         seen.append(kept[1].tolist())
     assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("second", [0.0, 0.8])
+def test_requests_with_the_same_noise_stop_early_too(second: float) -> None:
+    """Appendix A with two rows a step; a search would admit both nodes if the second is certain."""
+    offers = [
+        Offer(request_id=0, tree=chain_of(0.8, second), is_drawn=True, noise="s"),
+        Offer(request_id=1, tree=chain_of(0.8, 0.1), is_drawn=True, noise="s"),
+    ]
+    rates = (1.0, 1.0, 0.5, 0.5, 0.45)
+    (kept, _) = plan("auto", offers, load_of([1 / rate for rate in rates], 2.0))
+    assert not kept.any()
 
 
 def test_requests_with_noise_of_their_own_share_one_budget() -> None:

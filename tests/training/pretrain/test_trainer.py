@@ -48,6 +48,7 @@ def comparable(folder: Path) -> list[dict[str, object]]:
     return rows
 
 
+@pytest.mark.slow  # trains
 def test_loss_falls_on_a_toy_text():
     stage = {"steps": 20, "length": 32, "sequences": 4}
     recipe = toys.recipe(stage=[stage], schedule={"warmup": 2, "fall": 0.3})
