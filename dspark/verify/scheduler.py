@@ -79,7 +79,7 @@ def early_stop(worth: FloatArray, rates: FloatArray, value: float) -> int:
     return int(stops.argmax()) if stops.any() else len(worth)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Offer:
     """What was drafted for one request.
 
@@ -116,7 +116,7 @@ class Load:
     rates: Callable[[int], FloatArray] | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Cut:
     """What the scheduler decided about one offer.
 

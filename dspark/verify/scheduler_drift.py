@@ -47,7 +47,7 @@ _FADE_OWN = 0.98
 _FORGET = 0.8  # what is left after a round in which nothing offered was verified
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Outcome:
     """What became of a request's drafted nodes.
 

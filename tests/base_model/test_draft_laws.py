@@ -25,6 +25,8 @@ from tests.draft.law_check import (
 )
 from tests.eval import planted
 
+pytestmark = pytest.mark.slow  # many samples of a V4 model
+
 FEW, MANY = 128, 10_000
 
 

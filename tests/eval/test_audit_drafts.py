@@ -28,6 +28,8 @@ from tests.draft import law_models
 from tests.draft.law_check import best_drafts, drafts_share_noise, law_of_other_tokens
 from tests.eval import planted
 
+pytestmark = pytest.mark.slow  # the audit on eight kinds of drafts takes a minute
+
 PROMPTS = [[2, 5, 3, 1, 0, 4] * 2, [4, 0, 1] * 6]
 DRAWN = (Rule.REJECTION, Rule.BLOCK)
 DRAWS = "draws, rejection and block"

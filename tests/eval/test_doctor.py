@@ -66,6 +66,8 @@ from tests.eval.doctor_pairs import (
 )
 from tests.eval.test_runner import codec
 
+pytestmark = pytest.mark.slow  # trains the drafts that it breaks
+
 CONFIG = DoctorConfig(max_tokens=MAX_TOKENS, has_run=False, step_seconds=0.2, max_variants=8)
 PLAIN = [Asked(question_id=i, category="toy", text=text) for i, text in enumerate(("abab", "the"))]
 

@@ -25,6 +25,8 @@ from tests.eval.report_samples import (
     write,
 )
 
+pytestmark = pytest.mark.slow  # draws many charts
+
 CELL = eval_cell("lookup")
 
 

@@ -27,6 +27,8 @@ from tests.training.data_toys import (
     shard_bytes,
 )
 
+pytestmark = pytest.mark.slow  # a model writes questions
+
 
 def self_spec(count: int = 3, **changes: Any) -> Any:
     own = SelfPlan(count=count, max_tokens=32)

@@ -88,7 +88,8 @@ def test_a_trained_draft_changes_no_text(folder):
 # -- overfitting ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["dspark", pytest.param("dflash", marks=pytest.mark.slow)])
+@pytest.mark.slow  # trains
+@pytest.mark.parametrize("kind", ["dspark", "dflash"])
 def test_one_batch_is_learnt_by_heart(folder, kind):
     """tau of the batch reaches 0.95 of what a whole block gives."""
     changes = {

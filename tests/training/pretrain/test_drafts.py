@@ -28,6 +28,8 @@ from dspark.training.recipe import LossSection
 from tests.base_model.build import relative_error
 from tests.training.pretrain import toys
 
+pytestmark = pytest.mark.slow  # trains
+
 BASE: V4Config = toys.recipe().model
 
 

@@ -21,6 +21,8 @@ from dspark.training.pretrain.state import find_state, load_state, read_log
 from dspark.training.pretrain.trainer import TargetTraining, text_losses
 from tests.training.pretrain import toys
 
+pytestmark = pytest.mark.slow  # trains
+
 
 def silent(_: str) -> None:
     """Report nothing."""
