@@ -5,69 +5,34 @@ Requests join and leave between rounds; every round is one forward over all of t
 
 from __future__ import annotations
 
-import math
 import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from dspark.active import ActiveRequest, Phase
 from dspark.draft.base import Drafter
 from dspark.draft.none import NoDrafter
+from dspark.engine_config import EngineConfig, priorities
 from dspark.errors import ConfigError, DataError, DsparkError
 from dspark.intake import Intake
 from dspark.output import OutputText, TextPiece
-from dspark.payoff import PayoffSwitch, StepSeconds
+from dspark.payoff import PayoffSwitch
 from dspark.request import (
     GenerationResult,
     Prompt,
     Rule,
     SamplingParams,
 )
-from dspark.rounds import RoundLimits, RoundRunner
+from dspark.rounds import RoundRunner
 from dspark.target import Target
 from dspark.text import TextCodec
 from dspark.verify.noise import NoiseKey
 from dspark.verify.scheduler_setting import Schedule
 
 __all__ = ["Engine", "EngineConfig", "StreamChunk"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
-    """Settings of an engine.
-
-    Attributes:
-        max_batch: Requests in a round at the most; further ones wait.
-        memory_limit: Bytes of the target's K/V cache, None for no limit. A draft model's own
-            cache comes on top.
-        auto_off: Let drafting switch itself off per request while it loses.
-        limits: Sizes of a round.
-        schedule: Which drafted nodes are verified where a request states no tree budget of its
-            own: "auto", "early-stop", "global", "async", "threshold:0.3", "fixed:8" or "off"
-            (docs/scheduling.md).
-        step_seconds: What a forward of so many rows takes over so long a context, measured
-            beforehand; None learns it while the engine runs.
-
-    Raises:
-        ConfigError: If a value is out of range.
-    """
-
-    max_batch: int = 32
-    memory_limit: int | None = None
-    auto_off: bool = True
-    limits: RoundLimits = field(default_factory=RoundLimits)
-    schedule: str = "auto"
-    step_seconds: StepSeconds | None = None
-
-    def __post_init__(self) -> None:
-        Schedule.parse(self.schedule)
-        if self.max_batch < 1:
-            raise ConfigError(f"max_batch is {self.max_batch}, but must be >= 1.")
-        if self.memory_limit is not None and self.memory_limit < 1:
-            raise ConfigError(f"memory_limit is {self.memory_limit}, but must be >= 1 byte.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +226,7 @@ class Engine:
         if isinstance(prompts, str):
             raise ConfigError("prompts is a string, but must be a list.", hint="pass [prompt]")
         per_prompt = self._spread(params, len(prompts))
-        weights = _priorities(priority, len(prompts))
+        weights = priorities(priority, len(prompts))
         requests: list[ActiveRequest] = []
         reported: set[int] = set()
         try:
@@ -366,7 +331,7 @@ class Engine:
         Raises:
             ConfigError: If the priority is out of range.
         """
-        (weight,) = _priorities(priority, 1)
+        (weight,) = priorities(priority, 1)
         own = SamplingParams() if params is None else params
         seed = secrets.randbits(63) if own.seed is None else own.seed
         error: DsparkError | None = None
@@ -495,17 +460,3 @@ class Engine:
                 request.cancel()
         self._waiting = deque(r for r in self._waiting if r.phase is not Phase.DONE)
         self._retire()
-
-
-def _priorities(priority: float | Sequence[float], count: int) -> list[float]:
-    """One checked priority per prompt."""
-    each = [priority] * count if isinstance(priority, int | float) else list(priority)
-    if len(each) != count:
-        raise ConfigError(
-            f"{len(each)} priorities were given for {count} prompts, but one for all or one for "
-            "each is needed."
-        )
-    bad = next((p for p in each if not 0 < p < math.inf), None)
-    if bad is not None:
-        raise ConfigError(f"priority is {bad}, but must be a finite number > 0.")
-    return each
