@@ -98,6 +98,8 @@ def read_config(raw: Mapping[str, Any], target: TargetInfo, *, has_embedding: bo
     else:
         options["draft_vocab_size"] = _integer(raw, "draft_vocab_size", options["vocab_size"])
         options.update({name: _flag(raw, name) for name in _FLAGS})
+        if raw.get("logit_softcap") is not None:
+            options["logit_softcap"] = _number(raw, "logit_softcap", 0.0)
     if kind == "gemma4":
         options.update(_gemma4(raw, hidden))
     config = Eagle3Config(**options)
@@ -160,7 +162,8 @@ def _target_layers(raw: Mapping[str, Any], layout: Layout, target: TargetInfo) -
     for holder in (raw, nested):
         for name in names:
             if holder.get(name) is not None:
-                return _layer_ids(holder, name, range(target.num_layers), 1)
+                # The "input" of the layer after the last is the last one's output.
+                return _layer_ids(holder, name, range(target.num_layers + 1), 1)
     layers = (1, target.num_layers // 2 - 1, target.num_layers - 4)
     if not 1 < layers[1] < layers[2]:
         raise ConfigError(
@@ -289,12 +292,16 @@ def write_config(
     }
     if layout == "deepspec":
         return _deepspec_json(config, layer, num_target_layers)
-    drafted = {
+    drafted: dict[str, Any] = {
         "draft_vocab_size": config.draft_vocab_size,
         "target_hidden_size": config.target_hidden_size,
         _IDS: [layer_id + 1 for layer_id in config.target_layers],
         **{name: getattr(config, name) for name in _FLAGS},
     }
+    if config.logit_softcap is not None:
+        drafted["logit_softcap"] = (
+            config.logit_softcap
+        )  # no other engine's field: their head has none
     if layout == "eagle3":
         name = "Qwen3ForCausalLMEagle3" if config.qk_norm else "LlamaForCausalLMEagle3"
         return {"architectures": [name], **layer, **drafted}

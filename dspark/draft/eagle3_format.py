@@ -7,7 +7,7 @@ does not fit is refused by name, before anything is built.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +20,12 @@ from dspark.draft.eagle3_config import Layout, is_eagle3, read_config, write_con
 from dspark.draft.eagle3_module import Eagle3Config, Eagle3Module
 from dspark.draft.grow import GrowthConfig
 from dspark.errors import CapabilityError, CheckpointError
-from dspark.target import Target
+from dspark.target import Target, TargetInfo
 
 if TYPE_CHECKING:
     from dspark.draft.eagle3 import Eagle3Drafter
 
-__all__ = ["Layout", "is_eagle3", "load_eagle3", "save_eagle3"]
+__all__ = ["Layout", "is_eagle3", "load_eagle3", "read_module", "save_eagle3", "save_tensors"]
 
 _WEIGHTS = "model.safetensors"
 _UNUSED = ("verifier_norm.weight", "verifier_lm_head.weight")  # the target's, for training
@@ -52,10 +52,8 @@ def load_eagle3(
     """
     from dspark.draft.eagle3 import Eagle3Drafter  # which offers this function to its users
 
-    raw = _read_json(folder / "config.json")
-    tensors = _read_tensors(folder)
-    shape = read_config(raw, target.info, has_embedding="embed_tokens.weight" in tensors)
-    module = _build(shape, tensors, folder, tied=raw.get("tie_word_embeddings") is True)
+    module = read_module(folder, target.info)
+    shape = module.config
     device = target.info.device.rpartition(", ")[2]  # a split target's head is on the last one
     module.to(device=device, dtype=getattr(torch, target.info.dtype))
     embed = getattr(target, "embed", None)
@@ -66,6 +64,19 @@ def load_eagle3(
             hint="use a draft whose checkpoint holds embed_tokens.weight",
         )
     return Eagle3Drafter(module.requires_grad_(False), embed=embed, config=config)
+
+
+def read_module(folder: Path, info: TargetInfo) -> Eagle3Module:
+    """Read a draft as it is stored; see `load_eagle3`.
+
+    Args:
+        folder: With config.json and *.safetensors.
+        info: What it drafts for.
+    """
+    raw = _read_json(folder / "config.json")
+    tensors = _read_tensors(folder)
+    shape = read_config(raw, info, has_embedding="embed_tokens.weight" in tensors)
+    return _build(shape, tensors, folder, tied=raw.get("tie_word_embeddings") is True)
 
 
 # -- tensors ----------------------------------------------------------------------------------
@@ -208,19 +219,39 @@ def save_eagle3(
     Raises:
         ConfigError: If the layout cannot say what the draft is.
     """
-    config = module.config
-    raw = write_config(config, layout, num_target_layers, verifier)
-    tensors = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
+    raw = write_config(module.config, layout, num_target_layers, verifier)
+    save_tensors(folder, module.config, module.state_dict(), raw, layout=layout)
+
+
+def save_tensors(
+    folder: Path,
+    config: Eagle3Config,
+    tensors: Mapping[str, Tensor],
+    raw: Mapping[str, Any],
+    *,
+    layout: Layout,
+) -> None:
+    """Write a draft's tensors, and then its config.json, each whole or not at all.
+
+    Args:
+        folder: Where to; made if need be.
+        config: The draft's.
+        tensors: By the names that `Eagle3Module` uses.
+        raw: Contents of config.json.
+        layout: What `raw` is in.
+    """
+    stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
     if layout == "eagle3":
-        tensors = {name.replace("layers.0.", "midlayer."): t for name, t in tensors.items()}
+        stored = {name.replace("layers.0.", "midlayer."): t for name, t in stored.items()}
     if layout != "deepspec":
         ids = torch.arange(config.draft_vocab_size)
-        offsets = tensors.setdefault("d2t", torch.zeros_like(ids))
-        tensors["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool)
-        tensors["t2d"][ids + offsets.cpu()] = True
+        offsets = stored.setdefault("d2t", torch.zeros_like(ids))
+        stored["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool)
+        stored["t2d"][ids + offsets.cpu()] = True
     folder.mkdir(parents=True, exist_ok=True)
     half = folder / (_WEIGHTS + ".part")
-    save_file(tensors, half, metadata={"format": "pt"})
+    save_file(stored, half, metadata={"format": "pt"})
     half.replace(folder / _WEIGHTS)
-    text = json.dumps(raw, indent=2) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
+    half = folder / "config.json.part"
+    half.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    half.replace(folder / "config.json")

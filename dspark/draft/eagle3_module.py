@@ -151,6 +151,11 @@ class Eagle3Config:
             )
 
 
+def _wide(x: Tensor) -> Tensor:
+    """In float32 at least; float64 stays, so that tests can compare to the last digits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm, computed in float32; without a weight if `scaled` is False."""
 
@@ -161,8 +166,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis: [..., size] -> the same."""
-        weight = None if self.weight is None else self.weight.float()
-        return F.rms_norm(x.float(), (self._size,), weight, self._eps).to(x.dtype)
+        weight = None if self.weight is None else _wide(self.weight)
+        return F.rms_norm(_wide(x), (self._size,), weight, self._eps).to(x.dtype)
 
 
 def rope_frequencies(config: Eagle3Config) -> tuple[Tensor, float]:
@@ -224,6 +229,7 @@ class _Attention(nn.Module):
 
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         angles = positions[:, None].float() * self._frequencies.to(x.device)
+        angles = angles.to(torch.promote_types(x.dtype, torch.float32))
         cos = (angles.cos() * self._rope_factor).to(x.dtype)[:, None]
         sin = (angles.sin() * self._rope_factor).to(x.dtype)[:, None]
         low, high = x.chunk(2, dim=-1)
@@ -393,11 +399,23 @@ class Eagle3Module(nn.Module):
         Returns:
             Logits [n, W] and features [n, D].
         """
-        normed = self.norm(hidden)
+        normed, feature = self.outputs(hidden)
+        return self.logits(normed), feature
+
+    def outputs(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """What the head gets, and what stands in for the next features; [n, D] each.
+
+        Args:
+            hidden: Output of `decode`, [n, D].
+        """
+        normed: Tensor = self.norm(hidden)
+        return normed, normed if self.config.norm_output else hidden
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """Logits [n, W] of what the head gets, [n, D]."""
         logits: Tensor = self.lm_head(normed)
-        if self.config.logit_softcap is not None:
-            logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
-        return logits, normed if self.config.norm_output else hidden
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def target_ids(self) -> Tensor | None:
         """int64 [W], the target's id of every draft token; None where the two are the same."""

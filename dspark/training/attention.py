@@ -1,7 +1,8 @@
-"""Attention of packed blocks: each slot sees its sequence's context and its own block.
+"""Attention of packed anchors: each slot sees its sequence's context and its own block.
 
-One softmax over both: context scores of some anchors are one product, block scores a batched one,
-and no mask of all slots times all columns is ever made.
+A step of an unrolled draft sees the context and its own anchor's steps so far. One softmax over
+both: context scores of some anchors are one product, block scores a batched one, and no mask of all
+slots times all columns is ever made.
 
 Letters: A anchors of a group, S slots, H query heads, J key/value heads, g = H / J, E head size,
 C context columns.
@@ -9,7 +10,7 @@ C context columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from dspark.draft.backbone import Attend
 from dspark.draft.dspark_config import Window
 from dspark.training.packing import Group, Packed
 
-__all__ = ["make_attend"]
+__all__ = ["make_attend", "make_step_attend"]
 
 
 def make_attend(
@@ -67,6 +68,44 @@ def make_attend(
     return attend
 
 
+def make_step_attend(
+    packed: Packed, context: tuple[Tensor, Tensor], own: Sequence[tuple[Tensor, Tensor]]
+) -> Callable[[Tensor], Tensor]:
+    """The attention of one step of an unrolled draft, a row per anchor.
+
+    Args:
+        packed: The forward's layout.
+        context: Keys and values [C, J, E] of the context rows; an anchor sees those before it.
+        own: Keys and values [A, J, E] of the anchors' rows of step 2 up to this one.
+
+    Returns:
+        Scaled queries [A, H, E] -> [A, H * E].
+    """
+    shape = (packed.num_anchors, 0, *context[0].shape[1:])
+    keys, values = (
+        torch.stack(parts, dim=1) if parts else context[i].new_empty(shape)
+        for i, parts in enumerate(([k for k, _ in own], [v for _, v in own]))
+    )
+
+    def attend(queries: Tensor) -> Tensor:
+        parts = []
+        for group in packed.groups:
+            seen = slice(group.context, group.context + group.columns)
+            block = slice(group.start, group.stop)
+            _, hidden = _mask(packed, group, None, len(own))
+            parts.append(
+                _attend(
+                    queries[block][:, None],
+                    (keys[block], values[block]),
+                    (context[0][seen], context[1][seen]),
+                    hidden,
+                )
+            )
+        return torch.cat(parts).flatten(1)
+
+    return attend
+
+
 def _mask(
     packed: Packed, group: Group, window: Window | None, slots: int
 ) -> tuple[int, Tensor | None]:
@@ -90,10 +129,10 @@ def _mask(
     if window is not None:
         moved = slot if window.moves else torch.zeros_like(slot)
         hidden = hidden | (column < anchor - window.size + moved + window.moves)
-    own = torch.zeros(slots, slots, dtype=torch.bool, device=device)
+    own = torch.zeros(rows, slots, dtype=torch.bool, device=device)
     if window is not None and window.is_causal:
         own = torch.ones_like(own).triu(1)
-    return first, torch.cat([hidden, own[:rows].expand(anchors.shape[0], -1, -1)], dim=-1)
+    return first, torch.cat([hidden, own.expand(anchors.shape[0], -1, -1)], dim=-1)
 
 
 def _attend(
@@ -106,7 +145,7 @@ def _attend(
 
     Args:
         queries: [A, S, H, E], scaled.
-        block: Keys and values [A, S, J, E] of the slots.
+        block: Keys and values [A, B, J, E] of what each anchor has of its own.
         context: Keys and values [C, J, E].
         hidden: From `_mask`.
 
@@ -121,7 +160,8 @@ def _attend(
     columns = context[0].shape[0]
     far = torch.matmul(rows.flatten(1, 2), context[0].permute(1, 2, 0))
     near = torch.matmul(rows, block[0].permute(2, 0, 3, 1))
-    scores = torch.cat([far.view(shared, anchors, group * slots, columns), near], dim=-1).float()
+    scores = torch.cat([far.view(shared, anchors, group * slots, columns), near], dim=-1)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if hidden is not None:
         cells = scores.view(shared, anchors, group, slots, -1)
         scores = cells.masked_fill(hidden[None, :, None], -torch.inf).view(scores.shape)

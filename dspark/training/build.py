@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dspark.draft.backbone import RMSNorm
 from dspark.draft.dspark_config import BackboneConfig, DSparkConfig, Window
 from dspark.draft.dspark_module import DSparkModule
 from dspark.draft.formats import native
@@ -20,11 +20,27 @@ from dspark.mtp_head import DraftVocab
 from dspark.target import SharesHead, TargetInfo
 from dspark.training.recipe import DraftSection
 from dspark.training.samples import Sample, frequent_tokens
+from dspark.training.weights import (
+    TargetWeights,
+    copy_tensor,
+    layers_to_copy,
+    main_directions,
+    random_weights,
+    start_as_mean,
+)
 
-__all__ = ["build_module", "draft_config", "spread_layers"]
+__all__ = [
+    "backbone_config",
+    "build_module",
+    "check_width",
+    "draft_config",
+    "draft_vocabulary",
+    "refuse_other",
+    "spread_layers",
+]
 
-_STD = 0.02
-_LAYER = "model.layers.{}."
+_W1_SIZE = 0.5
+"""Deviation of a sequential head's W1 at the start; 0.02 as elsewhere was slower."""
 
 
 def spread_layers(num_layers: int, count: int) -> tuple[int, ...]:
@@ -61,19 +77,11 @@ def draft_config(section: DraftSection, info: TargetInfo, folder: Path) -> DSpar
     Raises:
         ConfigError: If a value does not fit the target.
     """
-    fields = read_config(folder)
-    inner = fields.get("text_config")
-    text = inner if isinstance(inner, dict) else fields
-    hidden = section.hidden_size or info.hidden_size
-    if hidden != info.hidden_size and not (section.owns_embedding and section.owns_head):
-        raise ConfigError(
-            f"draft.hidden_size is {hidden}, but must be the target's {info.hidden_size} unless "
-            "the draft owns its embedding and head."
-        )
+    hidden = check_width(section, info)
     ids = section.target_layer_ids
     return DSparkConfig(
         family=section.style,
-        backbone=_backbone(section, text, folder, hidden),
+        backbone=backbone_config(section, folder, hidden),
         vocab_size=info.vocab_size,
         draft_vocab_size=section.vocabulary or info.vocab_size,
         block_size=section.block_size,
@@ -95,9 +103,35 @@ def draft_config(section: DraftSection, info: TargetInfo, folder: Path) -> DSpar
     )
 
 
-def _backbone(
-    section: DraftSection, text: dict[str, Any], folder: Path, hidden: int
-) -> BackboneConfig:
+def check_width(section: DraftSection, info: TargetInfo) -> int:
+    """The draft's hidden size.
+
+    Raises:
+        ConfigError: If it is not the target's, and the draft shares its embedding or head.
+    """
+    hidden = section.hidden_size or info.hidden_size
+    if hidden != info.hidden_size and not (section.owns_embedding and section.owns_head):
+        raise ConfigError(
+            f"draft.hidden_size is {hidden}, but must be the target's {info.hidden_size} unless "
+            "the draft owns its embedding and head."
+        )
+    return hidden
+
+
+def backbone_config(section: DraftSection, folder: Path, hidden: int) -> BackboneConfig:
+    """The draft's layers: what the recipe says, and else the target's.
+
+    Args:
+        section: What the recipe says.
+        folder: The target's.
+        hidden: D.
+
+    Raises:
+        CheckpointError: If the target's config lacks a size that the recipe leaves out.
+    """
+    fields = read_config(folder)
+    inner = fields.get("text_config")
+    text = inner if isinstance(inner, dict) else fields
     values = {**text, "num_hidden_layers": section.layers, "hidden_size": hidden}
     values.pop("layer_types", None)
     values.setdefault("hidden_act", text.get("hidden_activation", "silu"))
@@ -115,8 +149,8 @@ def _backbone(
         values["layer_types"] = ["sliding_attention"] * section.layers
         values["sliding_window"] = section.window
     with reading(folder / "config.json"):
-        fields = Fields(values, folder / "config.json")
-        return read_layers(fields, section.style, lambda size: Window(size=size))
+        typed = Fields(values, folder / "config.json")
+        return read_layers(typed, section.style, lambda size: Window(size=size))
 
 
 def build_module(
@@ -142,87 +176,65 @@ def build_module(
         ConfigError: If weights to start from do not fit.
         CapabilityError: If the target does not give its head's rows away.
     """
-    ids = None
-    if config.draft_vocab_size != config.vocab_size:
-        tokens = frequent_tokens(
-            samples, vocab_size=config.vocab_size, count=config.draft_vocab_size
-        )
-        ids = torch.from_numpy(tokens)
     if section.init_from_draft is not None:
         return _from_draft(Path(section.init_from_draft), config, target)
+    ids = draft_vocabulary(samples, vocab_size=config.vocab_size, count=config.draft_vocab_size)
     module = DSparkModule(config, DraftVocab.build(config.vocab_size, ids), target)
     _first_weights(module, seed)
     if section.init_from_target is not None or not config.owns_head:
-        tensors = _decoder_tensors(read_tensors(folder))
-        if not config.owns_head:  # it reads what the target's last norm gives
-            _copy_norm(module.norm, tensors.get("model.norm.weight"), "the target's last norm")
+        tensors = TargetWeights(folder)
+        last_norm = tensors.last_norm()
+        if not config.owns_head and last_norm is not None and module.norm.weight is not None:
+            # It reads what the target's last norm gives.
+            copy_tensor(module.norm.weight, last_norm, "the target's last norm")
         if section.init_from_target is not None:
             _copy_layers(module, section, tensors)
+            _start_head(module, tensors.embedding())
     return module
 
 
+def draft_vocabulary(
+    samples: tuple[Sample, ...], *, vocab_size: int, count: int
+) -> torch.Tensor | None:
+    """Tokens int64 [count] of a reduced vocabulary, ascending; None where it is the target's."""
+    if count == vocab_size:
+        return None
+    return torch.from_numpy(frequent_tokens(samples, vocab_size=vocab_size, count=count))
+
+
 def _first_weights(module: DSparkModule, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in module.named_parameters():
-        if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=_STD, generator=generator)
-        elif name.endswith(".bias"):
-            nn.init.zeros_(parameter)
+    random_weights(module, seed)
     if module.markov_head is not None:  # begins as if there were none
         nn.init.zeros_(module.markov_head.markov_w2.weight)
     if module.confidence_head is not None:
         nn.init.zeros_(module.confidence_head.proj.weight)
 
 
-def _decoder_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a checkpoint by the names of a plain causal language model."""
-    return {name.replace("language_model.", ""): tensor for name, tensor in tensors.items()}
-
-
-def _copy_layers(module: DSparkModule, section: DraftSection, tensors: dict[str, Tensor]) -> None:
-    total = module.config.num_target_layers
-    count = module.config.backbone.num_layers
-    wanted = section.init_from_target
-    if wanted == "first":
-        wanted = tuple(range(count))
-    elif wanted == "last":
-        wanted = tuple(range(total - count, total))
-    if not isinstance(wanted, tuple) or any(not 0 <= layer < total for layer in wanted):
-        raise ConfigError(
-            f"draft.init_from_target is {wanted!r}, but the target has layers 0 to {total - 1}."
-        )
+def _copy_layers(module: DSparkModule, section: DraftSection, tensors: TargetWeights) -> None:
+    config = module.config
+    wanted = layers_to_copy(
+        section.init_from_target, count=config.backbone.num_layers, total=config.num_target_layers
+    )
     for layer, source in zip(module.layers, wanted, strict=True):
+        given = tensors.layer(source)
         for name, parameter in layer.named_parameters():
-            full = _LAYER.format(source) + name
-            if full in tensors:
-                _copy(parameter, tensors[full], f"layer {source} of the target, {name}")
-    _mean_of_layers(module)
-    name = _LAYER.format(wanted[0]) + "input_layernorm.weight"
-    _copy_norm(module.hidden_norm, tensors.get(name), name)
+            if name in given:
+                copy_tensor(parameter, given[name], f"layer {source} of the target, {name}")
+    start_as_mean(module.fc.weight, config.target_hidden_size)
+    norm = tensors.layer(wanted[0]).get("input_layernorm.weight")
+    if norm is not None and module.hidden_norm.weight is not None:
+        copy_tensor(module.hidden_norm.weight, norm, f"layer {wanted[0]}, input_layernorm")
 
 
-def _copy_norm(norm: RMSNorm, source: Tensor | None, name: str) -> None:
-    if source is not None and norm.weight is not None:
-        _copy(norm.weight, source, name)
-
-
-@torch.no_grad()
-def _mean_of_layers(module: DSparkModule) -> None:
-    """Start the combiner as the mean of the captured layers, where the widths allow it."""
-    config, weight = module.config, module.fc.weight
-    hidden, count = config.backbone.hidden_size, len(config.target_layer_ids)
-    if hidden == config.target_hidden_size:
-        weight.add_(torch.eye(hidden).repeat(1, count) / count)
-
-
-@torch.no_grad()
-def _copy(parameter: Tensor, source: Tensor, name: str) -> None:
-    if parameter.shape != source.shape:
-        raise ConfigError(
-            f"{name} is {list(source.shape)}, but the draft's is {list(parameter.shape)}.",
-            hint="leave out draft.init_from_target, or give the draft the target's sizes",
-        )
-    parameter.copy_(source)
+def _start_head(module: DSparkModule, embedding: Tensor | None) -> None:
+    """Start W1 of the sequential head, where the target's embedding has as many directions."""
+    head, vocab_size = module.markov_head, module.config.vocab_size
+    if head is None or embedding is None or embedding.shape[0] != vocab_size:
+        return
+    w1 = head.markov_w1.weight
+    if w1.shape[1] <= embedding.shape[1]:
+        with torch.no_grad():
+            w1.copy_(main_directions(embedding, w1.shape[1]) * _W1_SIZE)
 
 
 def _from_draft(folder: Path, config: DSparkConfig, target: SharesHead) -> DSparkModule:
@@ -233,13 +245,7 @@ def _from_draft(folder: Path, config: DSparkConfig, target: SharesHead) -> DSpar
         raise CheckpointError(f"{where} is no draft of dspark's own layout.")
     tensors = native.unpack(read_tensors(folder), where)
     stored = native.read(fields, where, target.info, tensors)  # type: ignore[attr-defined]
-    if stored != config:
-        mine, other = (json.loads(json.dumps(_plain(c))) for c in (config, stored))
-        wrong = sorted(name for name in mine if mine[name] != other[name])
-        raise ConfigError(
-            f"draft.init_from_draft names a draft with another {wrong[0]}: {other[wrong[0]]!r}, "
-            f"not {mine[wrong[0]]!r}."
-        )
+    refuse_other(stored, config)
     shift = tensors.pop("d2t", None)
     ids = None if shift is None else torch.arange(len(shift)) + shift
     module = DSparkModule(config, DraftVocab.build(config.vocab_size, ids), target)
@@ -250,7 +256,21 @@ def _from_draft(folder: Path, config: DSparkConfig, target: SharesHead) -> DSpar
     return module
 
 
-def _plain(config: DSparkConfig) -> dict[str, Any]:
-    from dataclasses import asdict
+def refuse_other(stored: Any, wanted: Any) -> None:
+    """Refuse to start from a draft of other settings than the recipe's.
 
-    return asdict(config)
+    Args:
+        stored: The draft's config, a dataclass.
+        wanted: The recipe's.
+
+    Raises:
+        ConfigError: If they differ; it names the first field that does.
+    """
+    if stored == wanted:
+        return
+    mine, other = (json.loads(json.dumps(asdict(config))) for config in (wanted, stored))
+    wrong = sorted(name for name in mine if mine[name] != other[name])
+    raise ConfigError(
+        f"draft.init_from_draft names a draft with another {wrong[0]}: {other[wrong[0]]!r}, "
+        f"not {mine[wrong[0]]!r}."
+    )

@@ -15,7 +15,6 @@ from torch import Tensor
 from dspark.errors import CheckpointError
 from dspark.training.checkpoints import load_optimizers, optimizer_tensors
 from dspark.training.metrics import SUMS
-from dspark.training.network import DraftTraining
 from dspark.training.optimizing import make_optimizers, set_learning_rate
 from dspark.training.packing import Packed, pack, position_weights, total_weight
 from dspark.training.samples import IntArray, Sample
@@ -56,20 +55,20 @@ class StepEngine:
     def __init__(self, setup: Setup, world: World = ALONE) -> None:
         recipe = setup.recipe
         self._setup = setup
-        self._config = setup.module.config
+        self._shape = setup.draft.shape
         self._world = world
-        self._network = DraftTraining(setup.module, setup.head, recipe.loss).to(setup.device)
+        self._network = setup.draft.training(setup.head, recipe.loss).to(setup.device)
         world.shard(self._network)
         self._parameters = dict(setup.module.named_parameters())
         self._optimizers = make_optimizers(self._parameters.items(), recipe.optimizer)
-        self._weights = position_weights(self._config.gamma, recipe.loss.decay)
+        self._weights = position_weights(self._shape.gamma, recipe.loss.decay)
         self._target_seconds = 0.0
 
     @property
     def terms(self) -> tuple[float, float, float]:
         """Weights of CE, L1 and BCE in the loss."""
         loss = self._setup.recipe.loss
-        confidence = loss.confidence if self._config.enable_confidence_head else 0.0
+        confidence = loss.confidence if self._setup.draft.has_confidence else 0.0
         return loss.ce, loss.l1, confidence
 
     def step(self, anchored: Sequence[Anchored], rate: float) -> StepResult:
@@ -80,8 +79,8 @@ class StepEngine:
             rate: Learning rate.
         """
         self._target_seconds = 0.0
-        scale = 1.0 / total_weight(anchored, self._config.gamma, self._weights)
-        sums = torch.zeros(len(SUMS), self._config.gamma, dtype=torch.float64)
+        scale = 1.0 / total_weight(anchored, self._shape.gamma, self._weights)
+        sums = torch.zeros(len(SUMS), self._shape.gamma, dtype=torch.float64)
         for part, counts in self._world.deal(self._parts(anchored)):
             packed = self._pack(part)
             with autocast(self._setup.dtype, self._setup.device):
@@ -107,7 +106,7 @@ class StepEngine:
     @torch.no_grad()
     def evaluate(self, anchored: Sequence[Anchored]) -> Tensor:
         """Sums for figures over samples, without training on them."""
-        sums = torch.zeros(len(SUMS), self._config.gamma, dtype=torch.float64)
+        sums = torch.zeros(len(SUMS), self._shape.gamma, dtype=torch.float64)
         for part, counts in self._world.deal(self._parts(anchored)):
             packed = self._pack(part)
             with autocast(self._setup.dtype, self._setup.device):
@@ -158,4 +157,4 @@ class StepEngine:
         began = time.perf_counter()
         features = self._setup.source.get([sample for sample, _ in part])
         self._target_seconds += time.perf_counter() - began
-        return pack(part, features, self._config, self._weights, device=self._setup.device)
+        return pack(part, features, self._shape, self._weights, device=self._setup.device)

@@ -1,60 +1,77 @@
-"""A draft module with its loss: packed sequences in, a scalar out, nothing in between kept long.
+"""A draft with its loss: packed sequences in, a scalar out, nothing in between kept long.
 
 Rows of the vocabulary's width are made, used and dropped part by part. The gradient with respect to
-the backbone's output and the heads' parameters is found on the way, in the forward pass; the
-backward pass only multiplies it.
+the draft's output and the heads' parameters is found on the way, in the forward pass; the backward
+pass only multiplies it. What a kind of draft computes at its anchors is a subclass: blocks.py,
+unrolled.py.
 
 Letters: A anchors, S slots, G depths, D hidden size, R rows of a part, Vd draft vocabulary.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dspark.draft.dspark_module import DSparkModule
-from dspark.target import HeadRows, SharesHeadRows
-from dspark.training.attention import make_attend
+from dspark.target import HeadRows
 from dspark.training.metrics import SUMS, block_sums
 from dspark.training.objective import LawRows, confidence_rows, law_rows
 from dspark.training.packing import Packed
 from dspark.training.recipe import LossSection
 
-__all__ = ["DraftTraining"]
+__all__ = ["DraftTraining", "head_logits"]
 
 _PART_BYTES = 28 << 20  # of a part's logits: the allocator hands back larger blocks every time
 
 
-class DraftTraining(nn.Module):
-    """A DSpark or DFlash module that is trained.
+class DraftTraining(nn.Module, ABC):
+    """A draft that is trained.
 
     Args:
-        module: The module, with the target's head rows taken where it shares them.
-        teacher: The target, whose output head gives the laws.
+        vocab_size: V.
+        ids: int64 [Vd], tokens of a reduced vocabulary, None for the target's.
+        teacher: Rows of the target's head for the draft's vocabulary, which give the laws.
         loss: What is minimised.
     """
 
-    def __init__(self, module: DSparkModule, teacher: SharesHeadRows, loss: LossSection) -> None:
+    def __init__(
+        self, *, vocab_size: int, ids: Tensor | None, teacher: HeadRows, loss: LossSection
+    ) -> None:
         super().__init__()
-        self.module = module
         self.loss = loss
-        ids = module.vocab.ids
-        shared = module.head_rows
-        if module.markov_head is not None:
-            # Its gradient, once a part, would be a whole matrix; added up it is one anyway.
-            module.markov_head.markov_w1.sparse = True
-        self._teacher = shared if shared is not None else teacher.head_rows(ids)
-        size = module.config.vocab_size
-        self.register_buffer("place", torch.arange(size), persistent=False)
+        self._teacher = teacher
+        self.register_buffer("place", torch.arange(vocab_size), persistent=False)
         if ids is not None:
-            self.place = torch.full((size,), -1, device=ids.device)
+            self.place = torch.full((vocab_size,), -1, device=ids.device)
             self.place[ids] = torch.arange(len(ids), device=ids.device)
 
     place: Tensor
     """int64 [V], row of every token in the draft's vocabulary, -1 where it is not in it."""
+
+    @abstractmethod
+    def hidden(self, packed: Packed) -> Tensor:
+        """The draft's output at all slots, [A, S, D]."""
+
+    @abstractmethod
+    def logits(self, hidden: Tensor, previous: Tensor) -> Tensor:
+        """Draft logits, float32 [A, G, Vd] (float64 in float64), of some anchors.
+
+        Args:
+            hidden: [A, S, D].
+            previous: int64 [A, S].
+        """
+
+    @abstractmethod
+    def confidence(self, hidden: Tensor, previous: Tensor) -> Tensor | None:
+        """Confidence logits [A * G] of some anchors; None without a confidence head."""
+
+    @abstractmethod
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Parameters that `logits` and `confidence` use."""
 
     def forward(self, packed: Packed, scale: float) -> tuple[Tensor, Tensor]:
         """Loss of a forward.
@@ -66,48 +83,17 @@ class DraftTraining(nn.Module):
         Returns:
             (loss, float64 [len(SUMS), G] for figures).
         """
-        hidden = self._hidden(packed)
-        parameters = self._head_parameters()
+        hidden = self.hidden(packed)
         sums = torch.zeros(len(SUMS), packed.labels.shape[1], dtype=torch.float64)
         heads: Any = _Heads
-        loss: Tensor = heads.apply(self, packed, scale, sums, hidden, *parameters)
+        loss: Tensor = heads.apply(self, packed, scale, sums, hidden, *self.head_parameters())
         return loss, sums
-
-    def _hidden(self, packed: Packed) -> Tensor:
-        """Backbone's output of all slots, [A, S, D]."""
-        module = self.module
-        c = module.combine(packed.features)
-        context = module.context(c, packed.context_positions)
-        slots = module.config.block_size
-        offsets = torch.arange(slots, device=packed.anchors.device)
-        positions = (packed.anchors[:, None] + offsets).flatten()
-        attend = make_attend(packed, context, module.windows, slots)
-        rows = module.embed(packed.block_tokens.flatten())
-        return module.block(rows, positions, attend).view(-1, slots, rows.shape[-1])
-
-    def _head_parameters(self) -> list[nn.Parameter]:
-        module = self.module
-        heads = [module.markov_head, module.confidence_head, getattr(module, "lm_head", None)]
-        return [p for head in heads if head is not None for p in head.parameters()]
-
-    def logits(self, hidden: Tensor, previous: Tensor) -> Tensor:
-        """Draft logits float32 [A, G, Vd] of blocks.
-
-        Args:
-            hidden: [A, S, D].
-            previous: int64 [A, S].
-        """
-        module, first = self.module, self.module.config.first_slot
-        logits = module.base_logits(hidden[:, first:])
-        if module.markov_head is not None:
-            logits += module.markov_head.unroll(previous, hidden)[:, first:].float()
-        return logits
 
     @torch.no_grad()
     def laws(self, packed: Packed, blocks: slice) -> LawRows:
         """The target's side of some blocks' rows."""
         wanted, back = packed.teacher[blocks].flatten().unique(return_inverse=True)
-        logits = _head_logits(packed.final[wanted], self._teacher)
+        logits = head_logits(packed.final[wanted], self._teacher)
         temperature = self.loss.temperature
         if temperature != 1.0:
             logits = logits.div_(temperature)
@@ -117,22 +103,24 @@ class DraftTraining(nn.Module):
         label = self.place[packed.labels[blocks].flatten()]
         return LawRows(law[back], outside[back], label, best[back])
 
-    def part_size(self) -> int:
-        """Blocks of a part."""
-        config = self.module.config
-        return max(1, _PART_BYTES // (4 * config.draft_vocab_size * config.gamma))
+    def part_size(self, depths: int) -> int:
+        """Blocks of a part, each of so many depths."""
+        return max(1, _PART_BYTES // (4 * self._teacher.weight.shape[0] * depths))
 
 
-def _head_logits(rows: Tensor, head: HeadRows) -> Tensor:
-    bias = None if head.bias is None else head.bias
-    logits = F.linear(rows.to(head.weight.dtype), head.weight, bias).float()
-    if head.softcap is not None:
-        logits = logits.div_(head.softcap).tanh_().mul_(head.softcap)
-    return logits
+def _wide(rows: Tensor) -> Tensor:
+    """Rows in float32, or float64 where they are."""
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+def head_logits(rows: Tensor, head: HeadRows) -> Tensor:
+    """Logits, float32 [R, n] (float64 in float64), of what a head gets [R, D]; differentiable."""
+    logits = _wide(F.linear(rows.to(head.weight.dtype), head.weight, head.bias))
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
 class _Heads(torch.autograd.Function):
-    """Loss of the heads on the backbone's output, with the gradient found in the forward pass."""
+    """Loss of the heads on the draft's output, with the gradient found in the forward pass."""
 
     @staticmethod
     def forward(
@@ -148,8 +136,9 @@ class _Heads(torch.autograd.Function):
         grads = [torch.zeros_like(parameter) for parameter in parameters] if needs else []
         parts = []
         total = 0.0
-        for start in range(0, packed.num_anchors, network.part_size()):
-            blocks = slice(start, start + network.part_size())
+        size = network.part_size(packed.labels.shape[1])
+        for start in range(0, packed.num_anchors, size):
+            blocks = slice(start, start + size)
             part = hidden[blocks].detach().requires_grad_(needs)
             roots, gradients, figures = _run_part(network, packed, blocks, part, scale)
             sums += figures
@@ -165,7 +154,8 @@ class _Heads(torch.autograd.Function):
                     own += more
         if needs:
             ctx.save_for_backward(torch.cat(parts), *grads)
-        return hidden.new_tensor(total, dtype=torch.float32)
+        kept = torch.promote_types(hidden.dtype, torch.float32)
+        return hidden.new_tensor(total, dtype=kept)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Any, ...]:
@@ -178,14 +168,12 @@ def _run_part(
     network: DraftTraining, packed: Packed, blocks: slice, hidden: Tensor, scale: float
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Losses of some blocks: tensors to go back from, their gradients, sums for figures."""
-    loss, first = network.loss, network.module.config.first_slot
+    loss = network.loss
     weights = packed.weights[blocks]
     with torch.enable_grad():
         previous = packed.previous[blocks]
         logits = network.logits(hidden, previous)
-        confidence = network.module.confidence(
-            hidden[:, first:].flatten(0, 1), previous[:, first:].flatten()
-        )
+        confidence = network.confidence(hidden, previous)
     rows = law_rows(
         logits.detach().flatten(0, 1),
         network.laws(packed, blocks),

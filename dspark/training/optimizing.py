@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dspark.errors import CapabilityError
+from dspark.training.muon import Muon
 from dspark.training.recipe import OptimizerSection, ScheduleSection
 
 __all__ = ["learning_rate", "make_optimizers", "set_learning_rate"]
@@ -29,9 +29,6 @@ def make_optimizers(
     Args:
         named: Parameters to train, with the module's names.
         section: What the recipe says.
-
-    Raises:
-        CapabilityError: If this torch has no Muon.
     """
     matrices, hidden, rest = [], [], []
     for name, parameter in named:
@@ -54,11 +51,7 @@ def make_optimizers(
             groups, lr=section.lr, betas=betas, eps=section.eps, fused=True
         )
     if hidden:
-        if not hasattr(torch.optim, "Muon"):
-            raise CapabilityError("optimizer.kind is 'muon', but this torch has no Muon.")
-        made["muon"] = torch.optim.Muon(
-            hidden, lr=section.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
-        )
+        made["muon"] = Muon(hidden, lr=section.lr, weight_decay=decay)
     return made
 
 

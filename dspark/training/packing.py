@@ -7,6 +7,10 @@ first + k - 1: its label is token s + k, its teacher the target's law at positio
 what the sequential head sees before it is token s + k - 1 of the text. A depth is valid up to the
 last token of the sequence.
 
+A draft that is unrolled step by step is laid out alike: it has a slot per step and no mask token;
+its context are the pairs (hidden state at t, token t + 1) for t before s, the last of which has the
+anchor for its token, and step k gets the text's token s + k - 1.
+
 Letters: A anchors, S slots, G = gamma, C context rows, n rows with a law, Dt hidden size of the
 target.
 """
@@ -16,18 +20,42 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dspark.draft.dspark_config import DSparkConfig
 from dspark.training.features import Features
 from dspark.training.samples import IntArray, Sample
 
-__all__ = ["Group", "Packed", "pack", "position_weights", "total_weight"]
+__all__ = ["BlockShape", "Group", "Packed", "pack", "position_weights", "total_weight"]
 
 _GROUP = 32  # anchors of a sequence whose attention is computed at once
+
+
+class BlockShape(Protocol):
+    """What a draft does with an anchor; `DSparkConfig` is one."""
+
+    @property
+    def gamma(self) -> int:
+        """Depths that are predicted."""
+        ...
+
+    @property
+    def block_size(self) -> int:
+        """Slots."""
+        ...
+
+    @property
+    def first_slot(self) -> int:
+        """The first slot that predicts."""
+        ...
+
+    @property
+    def mask_token_id(self) -> int:
+        """Token of the slots behind the anchor's."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +82,9 @@ class Packed:
     Attributes:
         features: [C, L * Dt], captured hidden states of all sequences' context.
         context_positions: int64 [C].
+        context_tokens: int64 [C], token after each position.
         anchors: int64 [A], position of each anchor in its sequence.
+        anchor_rows: int64 [A], context row of the position before each anchor.
         groups: Which anchors belong together.
         block_tokens: int64 [A, S].
         previous: int64 [A, S], token before the one that a slot predicts; column 0 is the anchor.
@@ -68,7 +98,9 @@ class Packed:
 
     features: Tensor
     context_positions: Tensor
+    context_tokens: Tensor
     anchors: Tensor
+    anchor_rows: Tensor
     groups: tuple[Group, ...]
     block_tokens: Tensor
     previous: Tensor
@@ -116,7 +148,7 @@ def total_weight(
 def pack(
     samples: Sequence[tuple[Sample, IntArray]],
     features: Sequence[Features],
-    config: DSparkConfig,
+    shape: BlockShape,
     weights: IntArray,
     *,
     device: torch.device,
@@ -126,7 +158,7 @@ def pack(
     Args:
         samples: Samples and their anchors, at least one each.
         features: What the target says of them.
-        config: The draft's.
+        shape: What the draft does with an anchor.
         weights: float64 [gamma], from `position_weights`.
         device: Where the module is.
 
@@ -135,17 +167,18 @@ def pack(
     """
     groups: list[Group] = []
     blocks: list[dict[str, IntArray]] = []
-    hidden, positions = [], []
+    hidden, positions, tokens = [], [], []
     first, row, law = 0, 0, 0
     for (sample, anchors), own in zip(samples, features, strict=True):
         columns = int(anchors[-1])
         hidden.append(own.hidden[:columns])
         positions.append(np.arange(columns))
+        tokens.append(sample.tokens[1 : columns + 1])
         for start in range(0, len(anchors), _GROUP):
             part = anchors[start : start + _GROUP]
             begin = first + start
             groups.append(Group(begin, begin + len(part), row, int(part[-1])))
-        blocks.append(_blocks(sample, anchors, config, weights, law))
+        blocks.append({**_blocks(sample, anchors, shape, weights, law), "rows": row + anchors - 1})
         first += len(anchors)
         row += columns
         law += own.final.shape[0]
@@ -157,7 +190,9 @@ def pack(
     return Packed(
         features=torch.cat(hidden).to(device),
         context_positions=torch.from_numpy(np.concatenate(positions)).to(device),
+        context_tokens=torch.from_numpy(np.concatenate(tokens)).to(device),
         anchors=gather("anchors"),
+        anchor_rows=gather("rows"),
         groups=tuple(groups),
         block_tokens=gather("tokens"),
         previous=gather("previous"),
@@ -171,15 +206,15 @@ def pack(
 
 
 def _blocks(
-    sample: Sample, anchors: IntArray, config: DSparkConfig, weights: IntArray, law: int
+    sample: Sample, anchors: IntArray, shape: BlockShape, weights: IntArray, law: int
 ) -> dict[str, IntArray]:
-    gamma, slots, first = config.gamma, config.block_size, config.first_slot
+    gamma, slots, first = shape.gamma, shape.block_size, shape.first_slot
     depth = np.arange(gamma)[None]
     last = sample.length - 1
     before = anchors[:, None] + depth  # position of the token before the predicted one
     is_valid = before < last
     before = np.minimum(before, last - 1)
-    tokens = np.full((len(anchors), slots), config.mask_token_id, dtype=np.int64)
+    tokens = np.full((len(anchors), slots), shape.mask_token_id, dtype=np.int64)
     tokens[:, 0] = sample.tokens[anchors]
     previous = np.empty((len(anchors), slots), dtype=np.int64)
     previous[:, 0] = sample.tokens[anchors]

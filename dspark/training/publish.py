@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dspark.draft.formats.native import save_native
+from dspark.training.kinds import DraftFacts
 from dspark.training.metrics import Figures
 from dspark.training.setup import Setup
 
@@ -48,16 +48,8 @@ def publish(
         "validation": None if figures is None else asdict(figures),
     }
     target = {**setup.described, "dtype": setup.target.info.dtype}
-    save_native(
-        folder,
-        setup.module.config,
-        weights,
-        vocab_ids=setup.module.vocab.ids,
-        storage=recipe.draft.storage,
-        target=target,
-        training=training,
-        card=_card(setup, training, figures),
-    )
+    facts = DraftFacts(target=target, training=training, card=_card(setup, training, figures))
+    setup.draft.save(folder, weights, recipe.draft.storage, facts)
 
 
 def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
@@ -72,32 +64,27 @@ def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _card(setup: Setup, training: Mapping[str, Any], figures: Figures | None) -> str:
-    config, name = setup.module.config, setup.described["id"]
-    loss = setup.recipe.loss
-    kind = "DSpark" if config.markov_rank else "DFlash"
+    draft, name, loss = setup.draft, setup.described["id"], setup.recipe.loss
+    terms = [f"{loss.ce} CE" + (" with the target's law" if loss.labels == "target" else "")]
+    terms.append(f"{loss.l1} L1")
+    if draft.has_confidence:
+        terms.append(f"{loss.confidence} confidence")
     lines = [
-        f"# A {kind} draft for {name}",
+        f"# A draft for {name}: {draft.title}",
         "",
-        f"Drafts up to {config.gamma} tokens a round for {name}, which verifies them; the text is",
-        "the target's own. Use it with the target it was trained for:",
+        f"Trained to draft up to {draft.shape.gamma} tokens a round for {name}, which verifies",
+        "them; the text is the target's own. Use it with the target it was trained for:",
         "",
         f"    dspark generate PROMPT --target {name} --draft FOLDER",
         "",
         "| | |",
         "|---|---|",
         f"| target | {name}, fingerprint {str(setup.described.get('fingerprint'))[:16]} |",
-        f"| layers | {config.backbone.num_layers}, hidden size {config.backbone.hidden_size} |",
-        f"| block | {config.block_size} slots |",
-        f"| target layers read | {', '.join(map(str, config.target_layer_ids))} |",
-        f"| vocabulary | {config.draft_vocab_size} of {config.vocab_size} tokens |",
-        f"| sequential head | rank {config.markov_rank} ({config.markov_head_type}) |"
-        if config.markov_rank
-        else "| sequential head | none |",
-        f"| confidence head | {'yes' if config.enable_confidence_head else 'no'} |",
+        *(f"| {key} | {value} |" for key, value in draft.settings()),
         f"| trained on | {training['samples']} answers of the target, "
         f"{training['response_tokens']} tokens |",
         f"| trained for | {training['steps']} steps, {training['epochs']:.2f} epochs |",
-        f"| loss | {loss.ce} CE + {loss.l1} L1 + {loss.confidence} confidence |",
+        f"| loss | {' + '.join(terms)} |",
     ]
     if figures is not None:
         lines += ["", *_validation_lines(figures, training["held_out"])]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark.errors import CheckpointError, ConfigError
+from dspark.training.recipe import make_recipe
 from dspark.training.setup import Setup
 
 __all__ = ["check_resume"]
@@ -63,7 +64,7 @@ def check_resume(state: Mapping[str, Any], setup: Setup, folder: Path) -> list[s
             hint="name another --out folder",
         )
     notes = []
-    old, new = _flat(state["recipe"]), _flat(setup.recipe.to_json())
+    old, new = _flat(_completed(state["recipe"])), _flat(setup.recipe.to_json())
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key, _MISSING), new.get(key, _MISSING)
         if before == after or key in _FREE:
@@ -76,6 +77,14 @@ def check_resume(state: Mapping[str, Any], setup: Setup, folder: Path) -> list[s
             )
         notes.append(f"{key} was {before!r} and is {after!r} from here on")
     return notes
+
+
+def _completed(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A checkpoint's recipe with today's defaults for keys that its dspark did not have."""
+    try:
+        return make_recipe(recipe).to_json()
+    except ConfigError:
+        return recipe  # it has a key that is no more; the comparison names it
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

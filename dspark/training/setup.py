@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from dspark.devices import pick_dtype
-from dspark.draft.dspark_module import DSparkModule
+from dspark.draft.formats.fields import read_config
 from dspark.errors import CapabilityError
 from dspark.registry import LoadOptions, load_target
 from dspark.target import SharesHeadRows, Target
 from dspark.training.build import build_module, draft_config
+from dspark.training.build_unrolled import build_unrolled, unrolled_config
 from dspark.training.feature_cache import STORED, FeatureCache
 from dspark.training.features import Features, TargetRunner
+from dspark.training.kinds import BlockDraft, TrainedDraft, UnrolledDraft
 from dspark.training.recipe import Recipe
 from dspark.training.samples import Sample, Samples, read_samples
 from dspark.training.world import ALONE, World
@@ -62,7 +65,7 @@ class Setup:
     Attributes:
         recipe: The recipe.
         target: The target.
-        module: The draft module, float32, in training mode.
+        draft: What is trained, float32, in training mode.
         samples: What it is trained on.
         source: Features of samples.
         described: The target: id, revision, source, fingerprint.
@@ -73,13 +76,18 @@ class Setup:
 
     recipe: Recipe
     target: Target
-    module: DSparkModule
+    draft: TrainedDraft
     samples: Samples
     source: FeatureSource
     described: dict[str, Any]
     template: str | None
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def module(self) -> nn.Module:
+        """The draft's module."""
+        return self.draft.module
 
     @property
     def head(self) -> SharesHeadRows:
@@ -106,8 +114,9 @@ def prepare(recipe: Recipe, *, device: str = "auto", world: World = ALONE) -> Se
     from dspark.eval.results import describe_model
     from dspark.models.resolve import resolve_model
 
-    run, section = recipe.run, recipe.draft
+    run = recipe.run
     folder = resolve_model(recipe.target)
+    _refuse_v4(recipe.target, folder)
     options = LoadOptions(
         name=recipe.target,
         dtype=run.target_dtype,
@@ -116,24 +125,16 @@ def prepare(recipe: Recipe, *, device: str = "auto", world: World = ALONE) -> Se
         has_many_rows=True,
     )
     target = load_target(folder, options).target
-    config = draft_config(section, target.info, folder)
-    samples = read_samples(recipe.data, vocab_size=target.info.vocab_size)
-    if not isinstance(target, SharesHeadRows):
-        raise CapabilityError(
-            f"{recipe.target} cannot be trained for: it does not give away its output head."
-        )
-    module = build_module(
-        section, config, target=target, folder=folder, samples=samples.train, seed=run.seed
-    )
+    draft, samples = _draft_and_samples(recipe, target, folder)
     place = torch.device(target.info.device.rpartition(", ")[2])
-    module.to(place)
-    module.take_head_rows()
+    draft.to(place)
+    draft.module.train()
     described = describe_model(recipe.target)
-    source = _feature_source(recipe, target, described, samples, config.target_layer_ids, world)
+    source = _feature_source(recipe, target, described, samples, draft.target_layers, world)
     return Setup(
         recipe=recipe,
         target=target,
-        module=module.train(),
+        draft=draft,
         samples=samples,
         source=source,
         described=described,
@@ -141,6 +142,51 @@ def prepare(recipe: Recipe, *, device: str = "auto", world: World = ALONE) -> Se
         dtype=pick_dtype(run.dtype, place),
         device=place,
     )
+
+
+def _refuse_v4(name: str, folder: Path) -> None:
+    if read_config(folder).get("model_type") == "deepseek_v4":
+        raise CapabilityError(
+            f"{name} is a DeepSeek-V4, whose drafts are part of its checkpoint and are not trained "
+            "here.",
+            hint="for a small one, see docs/v4-mini.md: python -m dspark.training.pretrain draft",
+        )
+
+
+def _draft_and_samples(
+    recipe: Recipe, target: Target, folder: Path
+) -> tuple[TrainedDraft, Samples]:
+    section, info = recipe.draft, target.info
+    if not isinstance(target, SharesHeadRows):
+        raise CapabilityError(
+            f"{recipe.target} cannot be trained for: it does not give away its output head."
+        )
+    # What the recipe says is checked before the data are read.
+    if not section.is_unrolled:
+        config = draft_config(section, info, folder)
+        samples = read_samples(recipe.data, vocab_size=info.vocab_size)
+        module = build_module(
+            section,
+            config,
+            target=target,
+            folder=folder,
+            samples=samples.train,
+            seed=recipe.run.seed,
+        )
+        return BlockDraft(module), samples
+    shape = unrolled_config(section, info, folder)
+    samples = read_samples(recipe.data, vocab_size=info.vocab_size)
+    unrolled, rows = build_unrolled(
+        section,
+        shape,
+        target=target,
+        info=info,
+        folder=folder,
+        samples=samples.train,
+        seed=recipe.run.seed,
+    )
+    draft = UnrolledDraft(unrolled, rows, steps=section.unroll, num_target_layers=info.num_layers)
+    return draft, samples
 
 
 def _feature_source(

@@ -1,6 +1,7 @@
 """The loss of a DSpark draft, one position at a time in float64, from its definition.
 
-DSpark, arXiv 2607.05147, equations 9 to 12. Nothing here is shared with dspark.training; plain
+DSpark, arXiv 2607.05147, equations 9 to 12; the cross-entropy with the target's law as EAGLE-3 is
+trained. Nothing here is shared with dspark.training; plain
 loops over positions and tokens.
 
 Positions: an anchor at s; depth k = 1, 2, ... predicts token s + k, which exists up to the last
@@ -40,16 +41,28 @@ class Oracle:
         terms: Weights of CE, L1, BCE.
         decay: Of the position weights.
         temperature: Of both laws.
+        labels: What the cross-entropy is taken with, the text or the target's law.
     """
 
-    def __init__(self, ids, terms=(0.1, 0.9, 1.0), decay=4.0, temperature=1.0):
+    def __init__(self, ids, terms=(0.1, 0.9, 1.0), decay=4.0, temperature=1.0, labels="text"):
         self.ids, self.terms, self.decay, self.temperature = list(ids), terms, decay, temperature
+        self.labels = labels
+
+    def cross_entropy(self, draft, target, label):
+        """With the text's token, or with the target's law over the draft's vocabulary."""
+        if self.labels == "text":
+            return -math.log(draft[self.ids.index(label)]) if label in self.ids else 0.0
+        if max(range(len(target)), key=target.__getitem__) not in self.ids:
+            return 0.0
+        inside = [target[token] for token in self.ids]
+        shares = [mass / math.fsum(inside) for mass in inside]
+        return -math.fsum(p * math.log(q) for p, q in zip(shares, draft, strict=True))
 
     def position(self, draft_logits, target_logits, label, confidence):
         """(CE, L1, BCE, acceptance, agreement) of one position."""
         draft = law_of(draft_logits, self.temperature)
         target = law_of(target_logits, self.temperature)
-        ce = -math.log(draft[self.ids.index(label)]) if label in self.ids else 0.0
+        ce = self.cross_entropy(draft, target, label)
         l1 = distance(draft, target, self.ids)
         acceptance = 1 - l1 / 2
         bce = 0.0 if confidence is None else cross_entropy(confidence, acceptance)

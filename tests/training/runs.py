@@ -9,8 +9,24 @@ from typing import Any
 
 import numpy as np
 
+from dspark.training.progress import SilentReporter
 from dspark.training.recipe import Recipe, make_recipe
+from dspark.training.setup import prepare
+from dspark.training.trainer import Trainer
 from tests.conftest import VOCAB, random_model
+
+_UNROLLED: dict[str, Any] = {
+    "draft_block_size": None,
+    "draft_mask_token_id": None,
+    "draft_markov_rank": None,
+    "draft_unroll": 3,
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "dspark": {},
+    "eagle3": {"draft_kind": "eagle3", **_UNROLLED},
+    "mtp": {"draft_kind": "mtp", **_UNROLLED, "draft_target_layers": None},
+}
+"""Changes that make a recipe's draft one of a kind."""
 
 
 def write_target(folder: Path, family: str = "llama") -> Path:
@@ -86,3 +102,23 @@ def write_recipe(folder: Path, **changes: Any) -> Path:
     path = folder / "recipe.toml"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def train(folder: Path, name: str = "out", stop_after: int | None = None, **changes: Any):
+    """Run a recipe, or a part of it; returns what it was set up with and how it ended."""
+    setup = prepare(make_run(folder, **changes), device="cpu")
+    trainer = Trainer(setup, folder / name, reporter=SilentReporter())
+
+    def should_stop():
+        return "enough" if trainer.step == stop_after else None
+
+    return setup, trainer.run(should_stop)
+
+
+def log_of(folder: Path, name: str = "out") -> list[dict]:
+    """The log of a run, without the times."""
+    lines = [json.loads(line) for line in (folder / name / "log.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("seconds")
+        line.pop("target_seconds", None)
+    return lines

@@ -16,7 +16,7 @@ from dspark.training.progress import SilentReporter
 from dspark.training.recipe import OptimizerSection, ScheduleSection
 from dspark.training.setup import prepare
 from dspark.training.trainer import Trainer
-from tests.training.runs import make_run, write_target
+from tests.training.runs import make_run, write_shard, write_target
 
 ALIKE = {"draft_layers": 2, "draft_vocabulary": None}
 
@@ -101,6 +101,30 @@ def test_layers_may_start_as_the_target_s(tmp_path, start, layers):
     assert torch.equal(module.norm.weight, stored["model.norm.weight"])
 
 
+def test_a_sequential_head_starts_with_the_directions_of_the_embedding(tmp_path):
+    module = built(tmp_path, draft_init_from_target="first", **ALIKE)
+    stored = load_file(tmp_path / "target" / "model.safetensors")["model.embed_tokens.weight"]
+    w1 = module.markov_head.markov_w1.weight.detach()
+    spread = w1.T @ w1 / len(w1)
+    torch.testing.assert_close(spread, 0.25 * torch.eye(len(spread)), rtol=1e-3, atol=1e-3)
+    rows = stored.float() - stored.float().mean(dim=0)
+    kept = torch.linalg.lstsq(w1, rows).solution
+    missed = (rows - w1 @ kept).square().sum()
+    values = torch.linalg.svdvals(rows).square()
+    assert missed == pytest.approx(values[w1.shape[1] :].sum().item(), rel=1e-2)
+    assert torch.count_nonzero(module.markov_head.markov_w2.weight) == 0
+
+
+@pytest.mark.parametrize(("family", "more"), [("llama", 0.0), ("gemma2", 1.0), ("gemma4", 0.0)])
+def test_the_last_norm_is_copied_as_the_factor_that_it_is(tmp_path, family, more):
+    """Gemma's norms, until the fourth, multiply by one more than what is stored."""
+    write_target(tmp_path / "target", family)
+    write_shard(tmp_path / "shard.jsonl.gz")
+    module = built(tmp_path)
+    stored = load_file(tmp_path / "target" / "model.safetensors")["model.norm.weight"]
+    torch.testing.assert_close(module.norm.weight.detach(), stored + more)
+
+
 def test_layers_of_other_sizes_cannot_be_copied(tmp_path):
     with pytest.raises(ConfigError, match=r"layer 0 of the target, mlp\.gate_proj"):
         built(tmp_path, draft_init_from_target="first", draft_intermediate_size=32)
@@ -126,8 +150,6 @@ def test_a_run_may_start_from_a_draft(tmp_path):
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3"])
 def test_other_families_are_trained_for(tmp_path, family):
     write_target(tmp_path / "target", family)
-    from tests.training.runs import write_shard
-
     write_shard(tmp_path / "shard.jsonl.gz")
     recipe = make_run(tmp_path, run_steps=3, draft_style="qwen3", run_validate_every=0)
     setup = prepare(recipe, device="cpu")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dspark.draft.backbone import attend_rows
-from dspark.training.network import DraftTraining
+from dspark.training.blocks import BlockTraining
 from dspark.training.packing import pack, position_weights
 from dspark.training.recipe import LossSection
 from tests.draft.dspark_models import HEADS, STYLES
@@ -61,12 +61,12 @@ def packed_batch(module, teacher, anchors_of):
 @pytest.mark.parametrize("anchor_predicts", [True, False])
 def test_a_packed_block_is_the_block_alone(style, anchor_predicts):
     module, teacher = make_trainable(style, sample_from_anchor=anchor_predicts)
-    network = DraftTraining(module, teacher, LossSection())
+    network = BlockTraining(module, teacher, LossSection())
     samples, features, chosen, packed = packed_batch(
         module, teacher, lambda s: range(s.start, s.length - 1)
     )
     with torch.no_grad():
-        together = network._hidden(packed)
+        together = network.hidden(packed)
         row = 0
         for sample, own, anchors in zip(samples, features, chosen, strict=True):
             for anchor in anchors:
@@ -83,13 +83,13 @@ def test_logits_are_those_of_drafting_along_the_text(head, anchor_predicts):
     module, teacher = make_trainable(
         head=head, sample_from_anchor=anchor_predicts, ids=range(0, 96, 3)
     )
-    network = DraftTraining(module, teacher, LossSection())
+    network = BlockTraining(module, teacher, LossSection())
     samples, features, chosen, packed = packed_batch(
         module, teacher, lambda s: [s.start, s.start + 3, s.length - 2]
     )
     config, markov = module.config, module.markov_head
     with torch.no_grad():
-        logits = network.logits(network._hidden(packed), packed.previous)
+        logits = network.logits(network.hidden(packed), packed.previous)
         row = 0
         for sample, own, anchors in zip(samples, features, chosen, strict=True):
             for anchor in anchors.tolist():
@@ -118,7 +118,7 @@ def test_gradients_are_those_of_the_written_out_loss(head, style, monkeypatch):
     ids = range(0, 96, 3)
     module, teacher = make_trainable(style, head, ids=ids)
     loss = LossSection(temperature=1.3)
-    network = DraftTraining(module, teacher, loss)
+    network = BlockTraining(module, teacher, loss)
     *_, packed = packed_batch(module, teacher, lambda s: range(s.start, s.length - 1, 2))
     scale = 1 / float(packed.weights.sum())
     packed_total = torch.logsumexp(teacher.unembed(packed.final) / 1.3, dim=-1)
@@ -128,7 +128,7 @@ def test_gradients_are_those_of_the_written_out_loss(head, style, monkeypatch):
     found = {name: p.grad.to_dense().clone() for name, p in module.named_parameters()}
     module.zero_grad()
 
-    hidden = network._hidden(packed)
+    hidden = network.hidden(packed)
     draft = torch.softmax(network.logits(hidden, packed.previous) / 1.3, dim=-1)
     target = torch.softmax(teacher.unembed(packed.final) / 1.3, dim=-1)[packed.teacher]
     wide = torch.zeros_like(target)

@@ -19,7 +19,9 @@ VOCABULARIES = {"whole": list(range(V)), "reduced": [0, 3, 4, 7, 8, 11, 15, 16, 
 class Case:
     """Random blocks, some of them cut short."""
 
-    def __init__(self, vocabulary: str, temperature: float = 1.0, seed: int = 0) -> None:
+    def __init__(
+        self, vocabulary: str, temperature: float = 1.0, labels: str = "text", seed: int = 0
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.ids = VOCABULARIES[vocabulary]
         self.temperature = temperature
@@ -33,7 +35,9 @@ class Case:
         )
         self.confidence = torch.randn(*shape, **double)
         self.labels = torch.randint(0, V, shape, generator=generator)
-        self.loss = LossSection(ce=0.1, l1=0.9, confidence=1.0, temperature=temperature)
+        self.loss = LossSection(
+            ce=0.1, l1=0.9, confidence=1.0, temperature=temperature, labels=labels
+        )
         depth = torch.arange(GAMMA, dtype=torch.float64)
         self.weights = torch.exp(-depth / 4.0).repeat(len(self.lengths), 1)
         for row, length in enumerate(self.lengths):
@@ -65,13 +69,15 @@ class Case:
                 for k in range(length)
             ]
             blocks.append((positions, GAMMA))
-        return Oracle(self.ids, decay=4.0, temperature=self.temperature).evaluate(blocks)
+        options = {"temperature": self.temperature, "labels": self.loss.labels}
+        return Oracle(self.ids, decay=4.0, **options).evaluate(blocks)
 
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_losses_and_figures_are_the_oracle_s(vocabulary, temperature):
-    case = Case(vocabulary, temperature)
+@pytest.mark.parametrize("labels", ["text", "target"])
+def test_losses_and_figures_are_the_oracle_s(vocabulary, temperature, labels):
+    case = Case(vocabulary, temperature, labels)
     rows = case.run()
     bce = confidence_rows(case.confidence.flatten(), rows.acceptance)
     shape = case.weights.shape
@@ -92,9 +98,10 @@ def test_losses_and_figures_are_the_oracle_s(vocabulary, temperature):
     "terms", [{"ce": 0.0, "l1": 1.0}, {"ce": 1.0, "l1": 0.0}, {"ce": 0.1, "l1": 0.9}]
 )
 @pytest.mark.parametrize("temperature", [1.0, 1.6])
-def test_the_gradient_is_that_of_finite_differences(vocabulary, terms, temperature):
+@pytest.mark.parametrize("labels", ["text", "target"])
+def test_the_gradient_is_that_of_finite_differences(vocabulary, terms, temperature, labels):
     case = Case(vocabulary, temperature)
-    case.loss = LossSection(**terms, temperature=temperature)
+    case.loss = LossSection(**terms, temperature=temperature, labels=labels)
     gradient = case.run().gradient.view(case.logits.shape)
     rng = torch.Generator().manual_seed(1)
     step = 1e-6
@@ -119,6 +126,16 @@ def test_the_confidence_learns_acceptance_and_does_not_move_it():
     confidence_rows(logits, acceptance).sum().backward()
     assert acceptance.grad is None
     torch.testing.assert_close(logits.grad, torch.tensor([0.0, -0.4], dtype=torch.float64))
+
+
+def test_the_cross_entropy_with_the_law_is_least_at_the_law():
+    case = Case("reduced", labels="target")
+    case.loss = LossSection(ce=1.0, l1=0.0, labels="target")
+    rows = case.run(case.target[..., case.ids])
+    torch.testing.assert_close(rows.gradient, torch.zeros_like(rows.gradient))
+    skipped = rows.ce == 0
+    assert torch.equal(skipped, case.rows().best < 0)
+    assert 0 < int(skipped.sum()) < len(skipped)
 
 
 def test_a_law_wholly_outside_the_vocabulary_costs_two():

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dspark.errors import ConfigError
+from dspark.training.packing import position_weights
 from dspark.training.recipe import make_recipe, read_recipe
 
 LEAST = {"target": "toy", "data": {"shards": ["a.jsonl"]}, "run": {"steps": 3}}
@@ -30,6 +31,18 @@ def test_what_is_left_out_has_its_default():
     assert (dflash.rank, dflash.has_confidence, dflash.anchor_predicts) == (0, False, False)
 
 
+@pytest.mark.parametrize(("kind", "layers"), [("eagle3", 3), ("mtp", 1)])
+def test_unrolled_kinds_have_defaults_of_their_own(kind, layers):
+    recipe = make_recipe(change("draft.kind", kind))
+    draft, loss = recipe.draft, recipe.loss
+    assert (draft.layers, draft.target_layers, draft.unroll) == (1, layers, 5)
+    assert (loss.ce, loss.l1, loss.labels) == (1.0, 0.0, "target")
+    assert position_weights(4, loss.decay) == pytest.approx([1.0, 0.8, 0.64, 0.512])
+    other = make_recipe({**change("draft.kind", kind), "loss": {"l1": 0.5, "decay": 2}}).loss
+    assert (other.ce, other.l1, other.labels, other.decay) == (1.0, 0.5, "target", 2.0)
+    assert make_recipe(recipe.to_json()) == recipe
+
+
 def test_a_recipe_is_what_its_json_says():
     recipe = make_recipe(change("draft.init_from_target", [3, 5, 7]))
     assert recipe.draft.init_from_target == (3, 5, 7)
@@ -44,7 +57,17 @@ def test_a_recipe_is_what_its_json_says():
         ("draft.layers", "3", r"draft\.layers is '3', but must be an integer"),
         ("draft.layers", 0, r"draft\.layers is 0, but must be >= 1"),
         ("draft.layers", True, r"draft\.layers is True, but must be an integer"),
-        ("draft.kind", "eagle3", r"draft\.kind is 'eagle3', but must be one of dspark, dflash"),
+        ("draft.kind", "medusa", r"draft\.kind is 'medusa', but must be one of dspark, dflash, ea"),
+        ("draft.unroll", 3, r"draft\.unroll is 3, but a draft of kind dspark has no use for it"),
+        ("draft", {"kind": "eagle3", "block_size": 4}, r"draft\.block_size is 4, but .* eagle3"),
+        ("draft", {"kind": "mtp", "markov_rank": 8}, r"draft\.markov_rank is 8, but .* mtp"),
+        ("draft", {"kind": "mtp", "target_layer_ids": [1]}, r"draft\.target_layer_ids is \(1,\)"),
+        ("draft", {"kind": "mtp", "target_layers": 3}, "1 for mtp: the last one"),
+        ("draft", {"kind": "eagle3", "layers": 2}, r"draft\.layers is 2, but must be 1"),
+        ("draft", {"kind": "eagle3", "unroll": 0}, r"draft\.unroll is 0, but must be >= 1"),
+        ("draft", {"kind": "eagle3", "storage": "int8"}, "one of bfloat16, float32"),
+        ("draft", 3, "draft is 3, but must be a section"),
+        ("loss.labels", "law", r"loss\.labels is 'law', but must be one of text, target"),
         ("draft.storage", "int4", r"draft\.storage"),
         ("draft.init_from_target", "middle", r"draft\.init_from_target"),
         ("draft.init_from_target", [1], "one layer of the target for each of 3"),
@@ -118,8 +141,24 @@ def test_a_file_that_is_no_toml_is_named(tmp_path, text):
         read_recipe(tmp_path / "none.toml")
 
 
-@pytest.mark.parametrize("name", ["smoke.toml", "smollm2-135m.toml"])
+TRAINED = sorted(path.name for path in RECIPES.glob("smo*.toml"))
+
+
+@pytest.mark.parametrize("name", TRAINED)
 def test_the_recipes_of_the_repository_are_right(name):
     recipe = read_recipe(RECIPES / name)
     assert recipe.target == "smollm2-135m"
     assert any(line.startswith("draft.block_size = ") for line in recipe.lines())
+
+
+@pytest.mark.parametrize("kind", ["dflash", "eagle3", "rnn"])
+def test_recipes_to_compare_kinds_differ_in_the_draft_and_its_loss_alone(kind):
+    """Same data, budget, optimizer and captured layers: what is measured is the kind."""
+    base = read_recipe(RECIPES / "smollm2-135m.toml")
+    recipe = read_recipe(RECIPES / f"smollm2-135m-{kind}.toml")
+    for name in ("target", "data", "optimizer", "schedule", "run"):
+        assert getattr(recipe, name) == getattr(base, name), name
+    for name in ("target_layer_ids", "vocabulary", "style", "hidden_size", "intermediate_size"):
+        assert getattr(recipe.draft, name) == getattr(base.draft, name), name
+    depth = recipe.draft.unroll if recipe.draft.is_unrolled else recipe.draft.block_size
+    assert depth == base.draft.block_size

@@ -8,7 +8,9 @@ import sys
 import types
 
 import pytest
+import torch
 from rich.console import Console
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from dspark.cli import app
@@ -93,12 +95,25 @@ def test_time_may_be_limited(tmp_path):
         (["--set", "draft.target_layer_ids=[3]"], "target_layer_ids"),
         (["--set", 'data.shards=["none.jsonl"]'], r"none\.jsonl cannot be read"),
         (["--set", "target=nothing-like-it"], "not a known model"),
+        (["--set", "draft.kind=mtp"], "draft.block_size is 4, but a draft of kind mtp has no use"),
     ],
 )
 def test_what_cannot_be_is_refused(tmp_path, arguments, message):
     result = run(str(write_recipe(tmp_path)), "--out", str(tmp_path / "out"), *arguments)
     assert isinstance(result.exception, DsparkError)
     assert message.replace("\\", "") in str(result.exception)
+
+
+def test_a_v4_target_is_pointed_at_its_own_page(tmp_path):
+    folder = tmp_path / "v4"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "deepseek_v4"}))
+    save_file({"embed.weight": torch.zeros(2, 2)}, folder / "model.safetensors")
+    recipe = write_recipe(tmp_path)
+    result = run(str(recipe), "--out", str(tmp_path / "out"), "--set", f"target={folder}")
+    assert isinstance(result.exception, DsparkError)
+    assert "DeepSeek-V4, whose drafts are part of its checkpoint" in str(result.exception)
+    assert "docs/v4-mini.md" in result.exception.hint
 
 
 @pytest.mark.skipif(

@@ -21,35 +21,15 @@ from dspark.errors import ConfigError, DataError
 from dspark.training.checkpoints import latest_checkpoint
 from dspark.training.engine import StepEngine
 from dspark.training.metrics import figures_of
-from dspark.training.progress import SilentReporter
 from dspark.training.samples import anchors_of
 from dspark.training.setup import prepare
-from dspark.training.trainer import Trainer
-from tests.training.runs import make_run, write_recipe
+from tests.training.runs import log_of, make_run, train, write_recipe, write_shard
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     make_run(tmp_path)
     return tmp_path
-
-
-def train(folder: Path, name: str = "out", stop_after: int | None = None, **changes):
-    setup = prepare(make_run(folder, **changes), device="cpu")
-    trainer = Trainer(setup, folder / name, reporter=SilentReporter())
-
-    def should_stop():
-        return "enough" if trainer.step == stop_after else None
-
-    return setup, trainer.run(should_stop)
-
-
-def log_of(folder: Path, name: str = "out") -> list[dict]:
-    lines = [json.loads(line) for line in (folder / name / "log.jsonl").read_text().splitlines()]
-    for line in lines:
-        line.pop("seconds")
-        line.pop("target_seconds", None)
-    return lines
 
 
 def test_a_run_leaves_a_draft_that_loads(folder):
@@ -205,10 +185,20 @@ def test_the_length_of_a_run_may_change(folder):
     assert (outcome.step, outcome.total) == (4, 4)
 
 
+def test_a_checkpoint_without_newer_keys_goes_on(folder):
+    """What an older dspark did not know has its default, and goes on if that is what it was."""
+    train(folder, stop_after=2)
+    path = latest_checkpoint(folder / "out") / "state.json"
+    state = json.loads(path.read_text())
+    del state["recipe"]["draft"]["unroll"], state["recipe"]["loss"]["labels"]
+    path.write_text(json.dumps(state))
+    with pytest.raises(ConfigError, match=r"loss\.labels is 'target', but .* with 'text'"):
+        train(folder, loss_labels="target")
+    assert train(folder)[1].is_done
+
+
 def test_other_data_cannot_go_on(folder):
     train(folder, stop_after=2)
-    from tests.training.runs import write_shard
-
     write_shard(folder / "shard.jsonl.gz", seed=1)
     with pytest.raises(ConfigError, match="other data"):
         train(folder)

@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from dspark.errors import ConfigError
 from dspark.training.world import ALONE, World, open_world
-from tests.training.runs import write_recipe
+from tests.training.runs import KINDS, write_recipe
 
 
 def train(folder: Path, recipe: Path, name: str, processes: int, *extra: str) -> list[dict]:
@@ -32,7 +34,7 @@ def train(folder: Path, recipe: Path, name: str, processes: int, *extra: str) ->
 @pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "tolerance"), [("adamw", 1e-5), ("muon", 1e-3)])
 def test_two_processes_make_the_losses_of_one(tmp_path, optimizer, tolerance):
-    """Muon orthogonalises in bfloat16, where another order of a sum shows earlier."""
+    """Muon may orthogonalise in bfloat16, where another order of a sum shows earlier."""
     changes = {"optimizer_kind": optimizer, "run_cache": str(tmp_path / "cache")}
     recipe = write_recipe(tmp_path, run_tokens_per_forward=40, **changes)
     one = train(tmp_path, recipe, "one", 1)
@@ -44,6 +46,23 @@ def test_two_processes_make_the_losses_of_one(tmp_path, optimizer, tolerance):
         assert mine["positions"] == other["positions"]
         for name in ("loss", "ce", "l1", "bce", "tau_sampling"):
             assert other[name] == pytest.approx(mine[name], rel=tolerance), (mine["step"], name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("owned", [False, True])
+def test_so_do_two_that_train_eagle_3(tmp_path, owned):
+    changes = {**KINDS["eagle3"], "draft_owns_head": owned, "run_steps": 3}
+    recipe = write_recipe(tmp_path, run_tokens_per_forward=40, **changes)
+    one = train(tmp_path, recipe, "one", 1)
+    two = train(tmp_path, recipe, "two", 2)
+    assert len(one) == len(two) == 4
+    for mine, other in zip(one, two, strict=True):
+        for name in ("loss", "l1", "tau_sampling"):
+            assert other[name] == pytest.approx(mine[name], rel=1e-5), (mine["step"], name)
+    folders = [tmp_path / name / "last" / "model.safetensors" for name in ("one", "two")]
+    mine, other = (load_file(path) for path in folders)
+    for name, tensor in mine.items():
+        torch.testing.assert_close(other[name], tensor, rtol=0.02, atol=1e-3, msg=name)
 
 
 def test_every_process_gets_as_many_parts():
