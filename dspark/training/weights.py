@@ -119,7 +119,8 @@ def main_directions(embedding: Tensor, count: int) -> Tensor:
     rows = rows - rows.mean(dim=0)
     values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
     scale = values[-count:].clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
-    return rows @ (vectors[:, -count:] * scale)
+    directions: Tensor = rows @ (vectors[:, -count:] * scale)
+    return directions
 
 
 @torch.no_grad()
