@@ -16,6 +16,7 @@ from dspark._version import __version__
 
 if TYPE_CHECKING:
     from dspark.engine import Engine, EngineConfig, StreamChunk
+    from dspark.engine_stats import EngineStats
     from dspark.errors import (
         CapabilityError,
         CheckpointError,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         DsparkError,
         ShapeError,
     )
+    from dspark.hf import accelerate, restore
     from dspark.request import (
         FinishReason,
         GenerationResult,
@@ -43,6 +45,7 @@ _HOME = {
     "DsparkError": "errors",
     "Engine": "engine",
     "EngineConfig": "engine",
+    "EngineStats": "engine_stats",
     "FinishReason": "request",
     "GenerationResult": "request",
     "RequestStats": "request",
@@ -53,6 +56,8 @@ _HOME = {
     "ShapeError": "errors",
     "StreamChunk": "engine",
     "TokenLogprob": "request",
+    "accelerate": "hf",
+    "restore": "hf",
 }
 
 __all__ = [
@@ -63,6 +68,7 @@ __all__ = [
     "DsparkError",
     "Engine",
     "EngineConfig",
+    "EngineStats",
     "FinishReason",
     "GenerationResult",
     "RequestStats",
@@ -74,10 +80,14 @@ __all__ = [
     "StreamChunk",
     "TokenLogprob",
     "__version__",
+    "accelerate",
+    "restore",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "hf":  # dspark.hf.generate without another import
+        return import_module("dspark.hf")
     if name not in _HOME:
         raise AttributeError(f"module 'dspark' has no attribute {name!r}")
     return getattr(import_module(f"dspark.{_HOME[name]}"), name)

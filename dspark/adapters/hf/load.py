@@ -38,7 +38,7 @@ from dspark.model_folder import fingerprint_weights, generation_config, sampling
 from dspark.registry import LoadedTarget, LoadOptions
 from dspark.text import load_codec
 
-__all__ = ["LOADER", "TransformersLoader", "wrap_model"]
+__all__ = ["LOADER", "TransformersLoader", "refuse_model", "wrap_model"]
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class TransformersLoader:
             adapter_for(_model_type(folder))  # an unknown family gets its own, clearer refusal
             raise
         adapter = adapter_for(config.model_type)
-        _refuse(config, adapter, options.name)
+        refuse_model(config, adapter, options.name)
         device = pick_device(options.device)
         dtype = pick_dtype(options.dtype, device)
         for name, value in adapter.config_overrides.items():
@@ -225,7 +225,7 @@ def adapter_for(model_type: str) -> FamilyAdapter:
     return known[model_type]
 
 
-def _refuse(config: Any, adapter: FamilyAdapter, name: str) -> None:
+def refuse_model(config: Any, adapter: FamilyAdapter, name: str) -> None:
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or [])
     strange = sorted(kinds - {"full_attention", "sliding_attention", "attention"})
