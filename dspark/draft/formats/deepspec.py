@@ -27,9 +27,10 @@ from dspark.draft.dspark_module import DSparkModule
 from dspark.draft.formats.fields import Fields
 from dspark.draft.formats.layers import dump_layers, read_layers
 from dspark.errors import ConfigError
+from dspark.mtp_head import DraftVocab
 from dspark.target import TargetInfo
 
-__all__ = ["ARCHITECTURES", "handles", "read", "save_draft"]
+__all__ = ["ARCHITECTURES", "dump", "dump_vocab", "handles", "read", "save_draft"]
 
 ARCHITECTURES = {
     "Qwen3DSparkModel": "qwen3",
@@ -102,13 +103,9 @@ def save_draft(folder: str | Path, module: DSparkModule, *, num_anchors: int = 5
         ConfigError: If the module has what this layout cannot say.
     """
     folder = Path(folder)
-    fields = _dump(module.config, num_anchors)
+    fields = dump(module.config, num_anchors)
     tensors = {name: value.detach().contiguous() for name, value in module.state_dict().items()}
-    if module.vocab.ids is not None:
-        ids = module.vocab.ids.cpu()
-        kept = torch.zeros(module.vocab.size, dtype=torch.bool)
-        kept[ids] = True
-        tensors |= {"d2t": ids - torch.arange(len(ids)), "t2d": kept}
+    tensors |= dump_vocab(module.vocab)
     fields["dtype"] = str(module.fc.weight.dtype).removeprefix("torch.")
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / "model.safetensors.part"
@@ -120,7 +117,22 @@ def save_draft(folder: str | Path, module: DSparkModule, *, num_anchors: int = 5
     return folder
 
 
-def _dump(config: DSparkConfig, num_anchors: int) -> dict[str, Any]:
+def dump_vocab(vocab: DraftVocab) -> dict[str, torch.Tensor]:
+    """The maps d2t (offset from a draft's id to the target's) and t2d of a reduced vocabulary."""
+    if vocab.ids is None:
+        return {}
+    ids = vocab.ids.cpu()
+    kept = torch.zeros(vocab.size, dtype=torch.bool)
+    kept[ids] = True
+    return {"d2t": ids - torch.arange(len(ids)), "t2d": kept}
+
+
+def dump(config: DSparkConfig, num_anchors: int = 512) -> dict[str, Any]:
+    """The config.json that `read` reads back.
+
+    Raises:
+        ConfigError: If the layout cannot say what the module is.
+    """
     windows = [window for window in config.backbone.windows if window is not None]
     if any(window != windows[0] or window.moves for window in windows):
         raise ConfigError(

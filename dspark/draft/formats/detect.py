@@ -23,7 +23,7 @@ from dspark.errors import CapabilityError, CheckpointError, ConfigError
 from dspark.mtp_head import DraftVocab
 from dspark.target import SharesHead, SharesHeadRows, Target, TargetInfo
 
-__all__ = ["is_draft", "load_draft", "load_module"]
+__all__ = ["check_tensors", "is_draft", "load_draft", "load_module", "read_stored"]
 
 _LAYOUTS = (native, speculators, deepspec, specforge)
 _IGNORED = ("verifier_lm_head.weight", "verifier_norm.weight")  # copies of the target's
@@ -87,6 +87,27 @@ def load_draft(
 
 def load_module(folder: Path, target: Target) -> DSparkModule:
     """Load a DSpark or DFlash module; see `load_draft`."""
+    config, vocab, tensors = read_stored(folder, target.info)
+    return _build(config, vocab, tensors, target, folder)
+
+
+def read_stored(
+    folder: Path, info: TargetInfo
+) -> tuple[DSparkConfig, DraftVocab, dict[str, torch.Tensor]]:
+    """Read a DSpark or DFlash module as it is stored: nothing of its target is needed but facts.
+
+    Args:
+        folder: With config.json and safetensors.
+        info: The target that it is for.
+
+    Returns:
+        Settings, vocabulary and tensors by the names that `DSparkModule` uses, in their own dtype
+        (int8 matrices multiplied out); names and shapes are not checked.
+
+    Raises:
+        CheckpointError: If a file is missing or damaged, or a field does not fit.
+        ConfigError: If the module was made for another target.
+    """
     where = folder / "config.json"
     fields = read_config(folder)
     layout = next((layout for layout in _LAYOUTS if layout.handles(fields)), None)
@@ -105,10 +126,10 @@ def load_module(folder: Path, target: Target) -> DSparkModule:
     if layout is native:
         tensors = native.unpack(tensors, where)
     with reading(where):
-        config = layout.read(fields, where, target.info, tensors)
+        config = layout.read(fields, where, info, tensors)
         vocab = _vocab(config, tensors)
-    _check_target(config, target.info, where)
-    return _build(config, vocab, tensors, target, folder)
+    _check_target(config, info, where)
+    return config, vocab, tensors
 
 
 def _vocab(config: DSparkConfig, tensors: dict[str, torch.Tensor]) -> DraftVocab:
@@ -178,7 +199,7 @@ def _build(
         )
     with reading(folder / "config.json"), torch.device("meta"):
         module = DSparkModule(config, vocab, shares)
-    _check_tensors(module.state_dict(), tensors, folder)
+    check_tensors(module.state_dict(), tensors, folder)
     dtype = getattr(torch, target.info.dtype)
     device = target.info.device.rpartition(", ")[2]  # a split target's head is on the last one
     ready = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
@@ -186,9 +207,14 @@ def _build(
     return module.eval().requires_grad_(False)
 
 
-def _check_tensors(
+def check_tensors(
     wanted: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor], folder: Path
 ) -> None:
+    """Refuse tensors that do not fit a module's.
+
+    Raises:
+        CheckpointError: If one is missing, unknown, misshapen or of integers.
+    """
     for problem, names in (
         ("lacks", wanted.keys() - given.keys()),
         ("has, unexpectedly,", given.keys() - wanted.keys()),
