@@ -77,6 +77,9 @@ class MTPDrafter:
         streams_layer: What to capture of the target: all streams behind its last layer.
         config: Settings; by default unlikely nodes are expanded less than by other drafters, since
             the module was trained for one step ahead.
+
+    Attributes:
+        config: Settings in force; may be replaced between rounds.
     """
 
     def __init__(
@@ -84,7 +87,7 @@ class MTPDrafter:
     ) -> None:
         self._module = module
         self._layer = streams_layer
-        self._config = config or GrowthConfig(min_survival=0.05)
+        self.config = config or GrowthConfig(min_survival=0.05)
         self._cache = module.new_cache()
         self._tracks: dict[int, _Track] = {}
         self._warn = WarnOnce("mtp")
@@ -117,7 +120,7 @@ class MTPDrafter:
             elif context.budget > 0 and context.depth > 0:
                 track = self._tracks[context.request_id]
                 job = _Job(
-                    context, track, grow(context, self._config.limits(context, context.depth))
+                    context, track, grow(context, self.config.limits(context, context.depth))
                 )
                 job.outputs[-1] = output
                 jobs[place] = job

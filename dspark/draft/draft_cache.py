@@ -30,11 +30,6 @@ class _Layer:
         self.key: Tensor | None = None
         self.value: Tensor | None = None
 
-    @property
-    def capacity(self) -> int:
-        """Rows of its buffer."""
-        return 0 if self.key is None else self.key.shape[1]
-
     def restart(self, position: int) -> None:
         """Forget everything; the next row is at `position`."""
         self.first = self.stop = position
@@ -93,11 +88,6 @@ class ContextCache:
     def length(self) -> int:
         """Positions taken in, from the beginning of the text."""
         return len(self.tokens)
-
-    @property
-    def capacity(self) -> int:
-        """Rows of its largest buffer, which are more than `length` unless a window forgets."""
-        return max(layer.capacity for layer in self._layers)
 
     def append(self, tokens: Sequence[int], rows: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Take in new positions.

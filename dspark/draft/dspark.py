@@ -7,8 +7,8 @@ costs one product with the sequential head's W2, and no forward.
 **Context.** Every layer's keys and values of a committed position come from the target's hidden
 states there, which arrive with the rounds (`DraftContext.features`). They are kept per request and
 never computed twice. Positions whose hidden states never arrive, because the target shared the
-K/V of another request with the same beginning, are copied from that request's cache, live or
-lately released; if it is gone, the draft sees the text from there on only.
+K/V of another request with the same beginning, are copied from that request's cache; if it is gone,
+the draft sees the text from there on only.
 
 **Source:** DSpark, arXiv 2607.05147; DFlash (no sequential head) for blocks whose anchor slot
 predicts nothing.
@@ -18,7 +18,6 @@ Letters: B requests, S slots of a block, N rows, D hidden size, V vocabulary, Vd
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -31,8 +30,7 @@ from dspark.draft.block_module import BlockModule
 from dspark.draft.draft_cache import ContextCache, common_length
 from dspark.draft.dspark_config import Window
 from dspark.draft.feed import WarnOnce, feed, history_of
-from dspark.draft.grow import Growth, GrowthConfig, grow
-from dspark.errors import ConfigError
+from dspark.draft.grow import Growth, GrowthConfig, Limits, grow
 from dspark.tree import Proposal
 
 __all__ = ["DSparkDrafter", "DSparkDrafterConfig"]
@@ -45,36 +43,39 @@ _NewRows: TypeAlias = tuple[ContextCache, Sequence[int], Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DSparkDrafterConfig(GrowthConfig):
-    """Settings of the drafter: those of `GrowthConfig`, and one more.
+    """Settings of the drafter: those of `GrowthConfig` with another default.
 
     Attributes:
         beams: As there. Three rows are what a CPU multiplies for the price of one
             (benchmarks/draft_cost.py).
-        kept_positions: Context positions of released requests to keep for later ones, counted in
-            rows of buffers.
 
     Raises:
         ConfigError: If a value is outside its range.
     """
 
     beams: int = 3
-    kept_positions: int = 8192
-
-    def __post_init__(self) -> None:
-        GrowthConfig.__post_init__(self)
-        if self.kept_positions < 0:
-            raise ConfigError(f"kept_positions is {self.kept_positions}, but must be >= 0.")
 
 
 class _Job:
     """One request in one round."""
 
-    __slots__ = ("cache", "context", "frontier", "growth", "history", "is_sound", "row", "states")
+    __slots__ = (
+        "cache",
+        "context",
+        "frontier",
+        "growth",
+        "history",
+        "is_sound",
+        "needs_confidence",
+        "row",
+        "states",
+    )
 
-    def __init__(self, context: DraftContext, cache: ContextCache, growth: Growth) -> None:
+    def __init__(self, context: DraftContext, cache: ContextCache, limits: Limits) -> None:
         self.context = context
         self.cache = cache
-        self.growth = growth
+        self.growth: Growth = grow(context, limits)
+        self.needs_confidence = limits.needs_confidence
         self.history = history_of(context)
         self.frontier: list[int] = []
         self.is_sound = True
@@ -119,6 +120,9 @@ class DSparkDrafter:
         module: The module, in eval mode.
         config: Settings.
         name: What reports call it.
+
+    Attributes:
+        config: Settings in force; may be replaced between rounds.
     """
 
     def __init__(
@@ -129,14 +133,13 @@ class DSparkDrafter:
         name: str = "dspark",
     ) -> None:
         self._module = module
-        self._config = config or DSparkDrafterConfig()
+        self.config = config or DSparkDrafterConfig()
         self._name = name
         self._device = module.device
         self._vocab = module.vocab.to(self._device)
         self._windows = [Window(size=w) if isinstance(w, int) else w for w in module.windows]
         self._sizes = [None if w is None else w.size for w in self._windows]
         self._caches: dict[int, ContextCache] = {}
-        self._released: OrderedDict[int, ContextCache] = OrderedDict()
         self._warn = WarnOnce(name)
 
     @property
@@ -148,6 +151,12 @@ class DSparkDrafter:
     def capture(self) -> tuple[int, ...]:
         """Target layers whose hidden states it needs."""
         return self._module.config.target_layer_ids
+
+    @property
+    def confidence_depth(self) -> int:
+        """Tokens of a block that its confidence head rates, 0 without such a head."""
+        has_head = getattr(self._module, "confidence_head", None) is not None
+        return self._module.config.gamma if has_head else 0
 
     @torch.inference_mode()
     def propose(self, contexts: Sequence[DraftContext]) -> list[Proposal]:
@@ -169,8 +178,8 @@ class DSparkDrafter:
             if cache.length != len(context.tokens) - 1:
                 self._warn("hidden states of the target are missing", "nothing is drafted.")
             elif context.budget > 0 and context.depth > 0:
-                limits = self._config.limits(context, self._module.config.gamma)
-                jobs[place] = _Job(context, cache, grow(context, limits))
+                limits = self.config.limits(context, self._module.config.gamma)
+                jobs[place] = _Job(context, cache, limits)
         if jobs:
             blocks = self._run(list(jobs.values()))
             live = [job for job in jobs.values() if job.is_sound]
@@ -188,13 +197,7 @@ class DSparkDrafter:
 
     def release(self, request_id: int) -> None:
         """Forget a request; unknown ids are ignored."""
-        cache = self._caches.pop(request_id, None)
-        if cache is None or not cache.length:
-            return
-        self._released[request_id] = cache
-        total = sum(kept.capacity for kept in self._released.values())
-        while total > self._config.kept_positions:
-            total -= self._released.popitem(last=False)[1].capacity
+        self._caches.pop(request_id, None)
 
     # -- context ------------------------------------------------------------------------------
 
@@ -263,7 +266,7 @@ class DSparkDrafter:
 
     def _bridge(self, cache: ContextCache, tokens: Sequence[int]) -> None:
         """Fill positions that no hidden states came for."""
-        donors = [*self._caches.values(), *self._released.values()]
+        donors = list(self._caches.values())
         shared = [(common_length(donor.tokens, tokens), i) for i, donor in enumerate(donors)]
         longest, index = max(shared, default=(0, 0))
         if longest > cache.length:
@@ -336,10 +339,10 @@ class DSparkDrafter:
         row = torch.tensor([job.row for job, _ in which], device=self._device)
         depth = torch.tensor([job.depth(node) for job, node in which], device=self._device)
         logits = blocks.base[row, depth]
+        tokens = torch.tensor([job.last_token(n) for job, n in which], device=self._device)
+        hidden = blocks.hidden[row, depth + self._module.config.first_slot]
         head = self._module.markov_head
         if head is not None and blocks.start is not None:
-            tokens = torch.tensor([job.last_token(n) for job, n in which], device=self._device)
-            hidden = blocks.hidden[row, depth + self._module.config.first_slot]
             if head.state_size:
                 states = torch.stack([_state_before(job, n, blocks.start) for job, n in which])
             else:
@@ -350,12 +353,16 @@ class DSparkDrafter:
                 for (job, node), state in zip(which, after, strict=True):
                     job.states[node] = state
         logits = self._vocab.widen(logits)
+        sure = None
+        if any(job.needs_confidence for job in jobs):
+            found = self._module.confidence(hidden, tokens)
+            sure = None if found is None else found.tolist()
         start = 0
         for job in jobs:
-            stop = start + len(job.frontier)
-            rows = logits[start:stop]
-            feed(job.growth, job.context, job.history, job.frontier, rows, self._warn)
-            start = stop
+            part = slice(start, start + len(job.frontier))
+            own = None if sure is None else sure[part]
+            feed(job.growth, job.context, job.history, job.frontier, logits[part], self._warn, own)
+            start = part.stop
 
 
 def _state_before(job: _Job, node: int, start: Tensor) -> Tensor:

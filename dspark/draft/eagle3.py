@@ -114,6 +114,9 @@ class Eagle3Drafter:
         embed: Embedding of the target, int64 [n] -> [n, D]; needed where the draft has none.
         config: Settings.
 
+    Attributes:
+        config: Settings in force; may be replaced between rounds.
+
     Raises:
         CapabilityError: If neither the draft nor the target has an embedding to offer.
     """
@@ -132,7 +135,7 @@ class Eagle3Drafter:
             )
         self._module = module.eval()
         self._lent_embed = None if module.config.has_embedding else embed
-        self._config = config or GrowthConfig()
+        self.config = config or GrowthConfig()
         self._capture = tuple(sorted(set(module.config.target_layers)))
         self._target_ids = module.target_ids()
         self._states: dict[int, DraftState] = {}
@@ -292,7 +295,7 @@ class Eagle3Drafter:
         state = self._states[context.request_id]
         if state.feature is None or context.depth < 1 or context.budget < 1:
             return None
-        limits = self._config.limits(context, context.depth)
+        limits = self.config.limits(context, context.depth)
         return _Job(context, state, grow(context, limits), state.feature)
 
     def _level(self, jobs: Sequence[_Job]) -> None:

@@ -51,6 +51,7 @@ def feed(
     nodes: Sequence[int],
     logits: torch.Tensor,
     warn: WarnOnce,
+    confidence: Sequence[float] | None = None,
 ) -> None:
     """Shape the rows of a request's nodes and hand them to its tree.
 
@@ -64,12 +65,15 @@ def feed(
         nodes: Nodes to expand, -1 for the anchor.
         logits: float [R, V], one row each, not shaped yet.
         warn: Where to complain.
+        confidence: Confidence logit of every node, None without such a head.
     """
     is_sound = [math.isfinite(top) for top in logits.amax(dim=1).tolist()]
     if not all(is_sound):
         warn("the draft's logits are not finite", "no tokens are drafted after them.")
         nodes = [node for node, ok in zip(nodes, is_sound, strict=True) if ok]
         logits = logits[torch.tensor(is_sound, device=logits.device)]
+        if confidence is not None:
+            confidence = [c for c, ok in zip(confidence, is_sound, strict=True) if ok]
     if not nodes:
         return
     paths = histories = None
@@ -82,4 +86,4 @@ def feed(
     except DsparkError as error:  # the target will meet it too, and report it
         warn("the draft's logits cannot be shaped", error.message)
         return
-    growth.take(nodes, shaped)
+    growth.take(nodes, shaped, confidence)

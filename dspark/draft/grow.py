@@ -18,7 +18,7 @@ softmax(v)_i, v being what the choice is the maximum of: shaped logits for greed
 own probability; shaped logits plus the shared noise for coupled, so that a clear perturbed winner
 counts as nearly certain however flat the law is. Under sample-match the target's noise is not
 known, the drawn token is i with its probability, so the shaped draft law ranks and rates. These
-are priors; calibration corrects them.
+are priors; survival maps (calibration.py) take their place where some were fitted.
 
 Letters: R rows (expanded nodes), V vocabulary, P laws.
 """
@@ -29,26 +29,37 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
 from dspark.draft.base import DraftContext
+from dspark.draft.calibration import Calibration, SurvivalMap
+from dspark.draft.recording import Recorder, tell
 from dspark.errors import ConfigError
 from dspark.request import Rule
-from dspark.tree import DraftTree, Proposal
+from dspark.tree import DraftTree, FloatArray, Proposal
 from dspark.tree_build import TreeGrower, best_first
 from dspark.verify import noise, sampling
 
-__all__ = ["DrawnGrowth", "Growth", "GrowthConfig", "Limits", "RankedGrowth", "drawn_shape", "grow"]
+__all__ = [
+    "DrawnGrowth",
+    "Growth",
+    "GrowthConfig",
+    "GrowsTrees",
+    "Limits",
+    "RankedGrowth",
+    "drawn_shape",
+    "grow",
+]
 
 _EXTRA = 4  # perturbed candidates looked at beyond the width, for the share of those left out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """How far one proposal may grow.
+    """How far one proposal may grow, and how its nodes are rated.
 
     Attributes:
         budget: Nodes to offer at the most.
@@ -56,6 +67,8 @@ class Limits:
         width: Children per node at the most.
         beams: Nodes to expand per level at the most (ranked growth).
         min_survival: Nodes less likely than this are not expanded (ranked growth).
+        rating: The survival map in force, None for the draft's own estimate.
+        recorder: Is told of every node that is added, or None.
     """
 
     budget: int
@@ -63,6 +76,14 @@ class Limits:
     width: int
     beams: int
     min_survival: float
+    rating: SurvivalMap | None = None
+    recorder: Recorder | None = None
+
+    @property
+    def needs_confidence(self) -> bool:
+        """Whether a confidence head has to be asked."""
+        rated = self.rating is not None and self.rating.reads_confidence
+        return rated or self.recorder is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +94,8 @@ class GrowthConfig:
         width: Children per node at the most where the request does not say, >= 1.
         beams: Nodes to expand per level at the most, >= 1 (greedy, coupled, sample-match).
         min_survival: Nodes less likely than this are not expanded, in [0, 1) (the same rules).
+        calibration: Survival maps of this draft, None for its own estimates.
+        recorder: Is told of every node that is added, or None.
 
     Raises:
         ConfigError: If a value is outside its range.
@@ -81,6 +104,8 @@ class GrowthConfig:
     width: int = 4
     beams: int = 4
     min_survival: float = 0.02
+    calibration: Calibration | None = None
+    recorder: Recorder | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("width", self.width), ("beams", self.beams)):
@@ -91,13 +116,29 @@ class GrowthConfig:
 
     def limits(self, context: DraftContext, depth: int) -> Limits:
         """How far a request's proposal may grow, with paths of `depth` at the most."""
+        width = self.width if context.width is None else context.width
+        if context.rule is Rule.BLOCK:
+            width = 1  # it verifies chains only
+        rating = None
+        if self.calibration is not None:
+            temperature = context.params.temperature
+            rating = self.calibration.find(context.rule, temperature, is_chain=width == 1)
         return Limits(
             budget=context.budget,
             depth=min(context.depth, depth),
-            width=self.width if context.width is None else context.width,
+            width=width,
             beams=self.beams,
             min_survival=self.min_survival,
+            rating=rating,
+            recorder=self.recorder,
         )
+
+
+@runtime_checkable
+class GrowsTrees(Protocol):
+    """A drafter that grows its trees here; its settings may be replaced between rounds."""
+
+    config: GrowthConfig
 
 
 class Growth(Protocol):
@@ -109,8 +150,19 @@ class Growth(Protocol):
         """Nodes to expand next, -1 for the anchor; empty when the tree is done."""
         ...
 
-    def take(self, nodes: Sequence[int], shaped: torch.Tensor) -> None:
-        """Add children of these nodes: one row of float32 [R, V] each, finite maximum."""
+    def take(
+        self,
+        nodes: Sequence[int],
+        shaped: torch.Tensor,
+        confidence: Sequence[float] | None = None,
+    ) -> None:
+        """Add children of these nodes.
+
+        Args:
+            nodes: The nodes, -1 for the anchor.
+            shaped: float32 [R, V], one row each, finite maximum.
+            confidence: Confidence logit of each, None if there is none or nobody asked.
+        """
         ...
 
     def proposal(self) -> Proposal:
@@ -149,18 +201,34 @@ class RankedGrowth:
         new = [i for i in best if i >= start and worth[i] >= limits.min_survival]
         return sorted(new[: limits.beams])
 
-    def take(self, nodes: Sequence[int], shaped: torch.Tensor) -> None:
-        """Add the best `width` candidates of every node, best first."""
+    def take(
+        self,
+        nodes: Sequence[int],
+        shaped: torch.Tensor,
+        confidence: Sequence[float] | None = None,
+    ) -> None:
+        """Add the best `width` candidates of every node, best first; see `Growth.take`."""
         ids, shares = self._candidates(nodes, shaped)
-        for node, tokens, probs in zip(nodes, ids, shares, strict=True):
-            above = 1.0 if node < 0 else self.tree.survival[node]
-            for token, prob in zip(tokens, probs, strict=True):
+        given, tree, rating = shares.tolist(), self.tree, self._limits.rating
+        rates = given
+        if rating is not None:
+            depth = [1 if node < 0 else tree.depth[node] + 1 for node in nodes]
+            rates = rating.rates(
+                depth, shares.shape[1], share=shares, confidence=confidence
+            ).tolist()
+        first = len(tree)
+        for node, tokens, probs, rho in zip(nodes, ids, given, rates, strict=True):
+            above = 1.0 if node < 0 else tree.survival[node]
+            for token, prob, rate in zip(tokens, probs, rho, strict=True):
                 if prob > 0:
-                    self.tree.add(node, token, above * prob)
+                    tree.add(node, token, above * rate)
+        if self._limits.recorder is not None:
+            share = [prob for probs in given for prob in probs if prob > 0]
+            tell(self._limits.recorder, self._context, tree, first, nodes, confidence, share)
 
     def _candidates(
         self, nodes: Sequence[int], shaped: torch.Tensor
-    ) -> tuple[list[list[int]], list[list[float]]]:
+    ) -> tuple[list[list[int]], FloatArray]:
         context, width = self._context, min(self._limits.width, int(shaped.shape[1]))
         if context.rule is Rule.COUPLED:
             first = context.output_position  # of a child of the anchor
@@ -171,42 +239,51 @@ class RankedGrowth:
         else:
             values, ids = torch.topk(shaped, width, dim=1)
             shares = torch.exp(values - torch.logsumexp(shaped, dim=1, keepdim=True))
-        return ids[:, :width].tolist(), shares[:, :width].tolist()
+        best: FloatArray = shares[:, :width].to("cpu", torch.float64).numpy()
+        return ids[:, :width].tolist(), best
 
     def proposal(self) -> Proposal:
         """The best nodes within the budget."""
         return Proposal(self.tree.build().prune(self._limits.budget))
 
 
-def _acceptance_by_draw(width: int) -> list[float]:
+def _acceptance_by_draw(width: int, hazards: Sequence[float] = ()) -> list[float]:
     """Chance that the r-th draw is accepted, the earlier ones having been rejected included.
 
-    A prior: .6 for the first, and each later one that is reached has .6 / (1 + r / 2), since it is
-    judged against a residual that draws have already been taken from.
+    A prior where nothing was fitted: .6 for the first, and each later one that is reached has
+    .6 / (1 + r / 2), since it is judged against a residual that draws have already been taken from.
+
+    Args:
+        width: Draws.
+        hazards: Fitted chances of the draws that are reached; later draws have the last.
     """
-    chances, left = [], 1.0
+    chances: list[float] = []
+    left = 1.0
     for rank in range(width):
-        chances.append(left * 0.6 / (1 + rank / 2))
-        left -= chances[-1]
+        hazard = hazards[min(rank, len(hazards) - 1)] if hazards else 0.6 / (1 + rank / 2)
+        chance = left * hazard
+        left -= chance
+        chances.append(min(chance, *chances[-1:], 1.0))
     return chances
 
 
 @lru_cache(maxsize=128)
-def drawn_shape(budget: int, depth: int, width: int) -> DraftTree:
+def drawn_shape(budget: int, depth: int, width: int, hazards: tuple[float, ...] = ()) -> DraftTree:
     """The fixed tree for drawn children; `token` holds draw indices.
 
     Args:
         budget: Nodes, >= 0.
         depth: Longest path, >= 0.
         width: Children per node at the most, >= 1.
+        hazards: Mean chance of each draw that is reached, by draw index; empty for a prior.
 
     Returns:
-        The tree with the highest sum of prior survival; shared, not to be written to.
+        The tree with the highest sum of expected survival; shared, not to be written to.
 
     **Source:** Sequoia, arXiv 2402.12374, section 3.1 (positional acceptance, optimal tree).
     """
     width = min(width, max(budget, 1))
-    children = (range(width), _acceptance_by_draw(width))
+    children = (range(width), _acceptance_by_draw(width, hazards))
     return best_first(
         lambda _, nodes: [children] * len(nodes), budget=budget, depth=depth, width=width
     )
@@ -218,8 +295,10 @@ class DrawnGrowth:
     def __init__(self, context: DraftContext, limits: Limits) -> None:
         self.tree = TreeGrower()
         self._context = context
+        self._limits = limits
         width = 1 if context.rule is Rule.BLOCK else limits.width
-        self._shape = drawn_shape(limits.budget, limits.depth, width)
+        hazards = () if limits.rating is None else limits.rating.chances
+        self._shape = drawn_shape(limits.budget, limits.depth, width, hazards)
         start, child = self._shape.children()
         self._children = [
             child[a:b].tolist()
@@ -235,25 +314,51 @@ class DrawnGrowth:
         fresh, self._fresh = self._fresh, []
         return [node for node in fresh if self._children[self._shape_node[node] + 1]]
 
-    def take(self, nodes: Sequence[int], shaped: torch.Tensor) -> None:
-        """Draw the children of every node in draw order; keep the laws they were drawn from."""
-        context = self._context
+    def take(
+        self,
+        nodes: Sequence[int],
+        shaped: torch.Tensor,
+        confidence: Sequence[float] | None = None,
+    ) -> None:
+        """Draw the children of every node in draw order; keep the laws they were drawn from.
+
+        See `Growth.take`.
+        """
+        context, tree = self._context, self.tree
         counts = [len(self._children[self._shape_node[node] + 1]) for node in nodes]
         ids, _ = noise.draft_topk(
             shaped, [context.noise] * len(nodes), [context.round] * len(nodes), nodes, max(counts)
         )
         laws = sampling.laws(shaped, [context.params] * len(nodes))
+        worth = self._worth(nodes, max(counts), confidence)
+        first = len(tree)
         for row, (node, count, tokens) in enumerate(zip(nodes, counts, ids.tolist(), strict=True)):
             law = len(self._laws)
             self._laws.append(laws[row])
             places = self._children[self._shape_node[node] + 1]
-            for place, token in zip(places, tokens[:count], strict=True):
+            for place, token, survival in zip(places, tokens[:count], worth[row], strict=False):
                 if token < 0:  # the law is exhausted
                     break
-                new = self.tree.add(node, token, float(self._shape.survival[place]))
+                new = tree.add(node, token, survival)
                 self._shape_node[new] = place
                 self._law_of.append(law)
                 self._fresh.append(new)
+        if self._limits.recorder is not None:
+            tell(self._limits.recorder, context, tree, first, nodes, confidence)
+
+    def _worth(
+        self, nodes: Sequence[int], width: int, confidence: Sequence[float] | None
+    ) -> list[list[float]]:
+        """Survival of the children of every node by draw index, before any of them is drawn."""
+        rating, tree = self._limits.rating, self.tree
+        if rating is None:
+            rows = [self._children[self._shape_node[node] + 1] for node in nodes]
+            return [self._shape.survival[places].tolist() for places in rows]
+        depth = [1 if node < 0 else tree.depth[node] + 1 for node in nodes]
+        above = [1.0 if node < 0 else tree.survival[node] for node in nodes]
+        rates = rating.rates(depth, width, confidence=confidence)
+        worth: list[list[float]] = (rates * np.array(above)[:, None]).tolist()
+        return worth
 
     def proposal(self) -> Proposal:
         """All that was drawn, with its laws."""

@@ -72,6 +72,9 @@ class ModelDrafter:
         vocab_size: V of the target that verifies.
         config: Settings.
 
+    Attributes:
+        config: Settings in force; may be replaced between rounds.
+
     Raises:
         ConfigError: If the vocabularies differ in size.
         CapabilityError: If the draft cannot run trees.
@@ -90,7 +93,7 @@ class ModelDrafter:
         if not info.can_verify_trees:
             raise CapabilityError(f"{info.name} can only decode plainly, so it cannot draft.")
         self._model = model
-        self._config = config or GrowthConfig()
+        self.config = config or GrowthConfig()
         self._cache: Cache = model.new_cache()
         self._slots: dict[int, int] = {}
         self._tails: dict[int, tuple[int, list[int]]] = {}  # context length, its last tokens
@@ -158,7 +161,7 @@ class ModelDrafter:
                 return None
             self._slots[context.request_id] = slot
         self._tails[context.request_id] = (size, list(context.tokens[-_TAIL:]))
-        limits = self._config.limits(context, depth)
+        limits = self.config.limits(context, depth)
         return _Job(context, slot, self._cache.length(slot), grow(context, limits))
 
     def _reserve(self, jobs: Iterable[_Job], rows: Mapping[int, int]) -> list[_Job]:

@@ -274,15 +274,12 @@ def test_a_recomputed_or_rewritten_context_is_taken_in_anew(given):
     assert paths_of(drafter.propose([other])[0].tree) == paths_of(fresh.tree)
 
 
-@pytest.mark.parametrize("is_released", [False, True])
-def test_a_shared_beginning_is_copied_from_the_request_that_had_it(given, is_released):
+def test_a_shared_beginning_is_copied_from_the_request_that_had_it(given):
     """The engine does not run shared prompt tokens again, so their hidden states never arrive."""
     module = make_module("sliding", "vanilla")
     drafter = DSparkDrafter(module)
     text = given(40).tokens
     drafter.propose([given(40, text=text)])
-    if is_released:
-        drafter.release(0)
     late = given(40, new=9, text=text)
     late.request_id = 7
     whole = given(40, text=text)
@@ -300,29 +297,13 @@ def test_samples_of_one_prompt_in_one_call_share_its_beginning(given):
 
 
 def test_without_a_donor_the_draft_goes_on_from_what_it_has(given):
-    drafter = DSparkDrafter(make_module(), config=DSparkDrafterConfig(kept_positions=0))
+    drafter = DSparkDrafter(make_module())
     drafter.propose([given(40)])
     drafter.release(0)
     tree = drafter.propose([given(40, new=3)])[0].tree
     assert tree.num_nodes
     known = given(43, new=3)
     assert drafter.propose([known])[0].tree.num_nodes
-
-
-def test_many_short_requests_are_not_all_kept(given):
-    """What is kept is counted by its memory: a buffer has 64 rows for a context of nine."""
-    drafter = DSparkDrafter(make_module(), config=DSparkDrafterConfig(kept_positions=640))
-    for number in range(40):
-        context = given(10)
-        context.request_id = number
-        drafter.propose([context])
-        drafter.release(number)
-    assert len(drafter._released) == 10
-    late = given(10)
-    late.request_id, late.features = 99, None
-    drafter.propose([late])  # nothing has come for it yet
-    drafter.release(99)
-    assert 99 not in drafter._released
 
 
 def test_missing_hidden_states_cost_the_draft_only(given, caplog):

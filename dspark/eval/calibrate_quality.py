@@ -1,0 +1,138 @@
+"""How well survival maps hold on prompts they were not fitted on: ECE by position and by rank.
+
+By position, the path of first children, which of a chain is all of it: survival down to there
+against whether the path was accepted down to there. Four estimates are judged on the same rounds:
+
+    unfitted     survival as the draft states it without a map
+    confidence   the product of the confidence head's own chances (null without such a head)
+    scaled       the same with sequential temperature scaling alone
+    fitted       the map
+
+By rank, the children of reached nodes: the chance rho of each against whether it was accepted.
+
+`floor` is what the ECE of a perfect estimate would come to with as many samples
+(`calibrate_fit.ece_floor`). An ECE near it cannot be told from 0.
+
+Letters: N rounds, D depths.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from dspark.draft.calibration import SurvivalMap
+from dspark.eval.calibrate_fit import ece_floor, path_logits, scaled_survival
+from dspark.eval.calibrate_record import Family, Observations
+from dspark.eval.confidence import calibration, ece_of, reliability
+from dspark.tree import FloatArray
+
+__all__ = ["by_position", "by_rank"]
+
+
+def by_position(
+    seen: Observations, rating: SurvivalMap, scaling: FloatArray | None
+) -> list[dict[str, Any]]:
+    """Quality along the path of first children.
+
+    Args:
+        seen: Held-out rounds.
+        rating: The fitted map.
+        scaling: Temperatures of the confidence head alone, [D] or longer; None without a head.
+
+    Returns:
+        One entry a position: position, count, observed, predicted, ece of the four estimates,
+        floor, auroc and brier of the map.
+    """
+    paths = seen.paths
+    fitted = scaled_survival(path_logits(rating, paths), np.ones(paths.accepted.shape[1]))
+    estimates = {"unfitted": paths.survival, "fitted": fitted}
+    if scaling is not None:
+        depth = paths.accepted.shape[1]
+        held = scaling[np.minimum(np.arange(depth), len(scaling) - 1)]
+        estimates["confidence"] = scaled_survival(paths.confidence, np.ones(depth))
+        estimates["scaled"] = scaled_survival(paths.confidence, held)
+    found = []
+    for column in range(paths.accepted.shape[1]):
+        rows = np.flatnonzero(~np.isnan(paths.accepted[:, column]))
+        outcome = paths.accepted[rows, column]
+        own = fitted[rows, column]
+        judged = calibration(zip(own.tolist(), (outcome > 0).tolist(), strict=True))
+        errors = {
+            name: _ece(estimates[name][rows, column], outcome) if name in estimates else None
+            for name in ("unfitted", "confidence", "scaled", "fitted")
+        }
+        found.append(
+            {
+                "position": column + 1,
+                "count": judged["count"],
+                "observed": judged["observed"],
+                "predicted": judged["predicted"],
+                "ece": errors,
+                "floor": ece_floor(own),
+                "auroc": judged["auroc"],
+                "brier": judged["brier"],
+            }
+        )
+    return found
+
+
+def by_rank(seen: Observations, rating: SurvivalMap, *, is_drawn: bool) -> list[dict[str, Any]]:
+    """Quality of rho among the children of reached nodes.
+
+    Args:
+        seen: Held-out rounds.
+        rating: The fitted map.
+        is_drawn: True for rules that draw from laws.
+
+    Returns:
+        One entry a rank: rank (from 1), count, observed, predicted, ece of the draft's own estimate
+        and of the map, floor.
+    """
+    pairs: dict[int, list[tuple[float, float, bool]]] = {}
+    for family in seen.families:
+        if not family.is_reached or not family.children.tokens:
+            continue
+        before = _own_rates(family)
+        after = _rates(rating, family, is_drawn=is_drawn)
+        for rank in range(len(family.children.tokens)):
+            entry = (before[rank], after[rank], rank == family.hit)
+            pairs.setdefault(rank, []).append(entry)
+    found = []
+    for rank in sorted(pairs):
+        table = np.array(pairs[rank], dtype=np.float64)
+        before, after, outcome = table.T
+        found.append(
+            {
+                "rank": rank + 1,
+                "count": len(table),
+                "observed": float(outcome.mean()),
+                "predicted": float(after.mean()),
+                "ece": {"unfitted": _ece(before, outcome), "fitted": _ece(after, outcome)},
+                "floor": ece_floor(after),
+            }
+        )
+    return found
+
+
+def _ece(predicted: FloatArray, outcome: FloatArray) -> float | None:
+    return ece_of(reliability(predicted, outcome))
+
+
+def _rates(rating: SurvivalMap, family: Family, *, is_drawn: bool) -> list[float]:
+    children = family.children
+    confidence = None if children.confidence is None else [children.confidence]
+    rates: list[float] = rating.rates(
+        [family.depth],
+        len(children.tokens),
+        share=None if is_drawn else np.array([children.share]),
+        confidence=confidence,
+    )[0].tolist()
+    return rates
+
+
+def _own_rates(family: Family) -> list[float]:
+    """Survival of the children as the draft stated it, over their parent's."""
+    above = family.children.above
+    return [value / above if above > 0 else 0.0 for value in family.children.survival]
