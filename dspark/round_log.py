@@ -40,7 +40,18 @@ def round_stats(
         path=len(verdict.path),
         survival=tuple(float(tree.survival[node]) for node in chain[:end]),
         matched=sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)),
+        nodes=_nodes(tree, frozenset(verdict.path), end) if tree.num_nodes > tree.max_depth else (),
     )
+
+
+def _nodes(
+    tree: DraftTree, path: frozenset[int], depth: int
+) -> tuple[tuple[int, float, bool], ...]:
+    """Parent, survival and acceptance of the nodes down to a depth."""
+    kept = [node for node, own in enumerate(tree.depth.tolist()) if own <= depth]
+    place = {node: i for i, node in enumerate(kept)} | {-1: -1}
+    parent, survival = tree.parent.tolist(), tree.survival.tolist()
+    return tuple((place[parent[node]], survival[node], node in path) for node in kept)
 
 
 def _likeliest_chain(tree: DraftTree) -> list[int]:

@@ -20,7 +20,8 @@ __all__ = ["report"]
 
 def report(
     files: Annotated[
-        list[str], typer.Argument(metavar="FILES", help="Results of eval, bench, profile, audit.")
+        list[str],
+        typer.Argument(metavar="FILES", help="Results of eval, bench, profile, simulate, audit."),
     ],
     out: Annotated[
         str | None,

@@ -16,13 +16,54 @@ from dspark.errors import DataError
 from dspark.eval.prompts import Question
 from dspark.eval.records import QuestionRecord
 
-__all__ = ["RunLog", "settings_key"]
+__all__ = ["RunLog", "read_log", "settings_key"]
 
 
 def settings_key(settings: dict[str, Any]) -> str:
     """Checksum of JSON settings."""
     text = json.dumps(settings, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_log(path: str | Path) -> dict[str, list[QuestionRecord]]:
+    """What a log holds of each configuration: of its latest run, each question once.
+
+    Args:
+        path: The file; it is left as it is.
+
+    Returns:
+        Records by the configuration's name, in the order of the file.
+
+    Raises:
+        DataError: If it cannot be read, or is no log.
+    """
+    file = Path(path).expanduser()
+    try:
+        data = file.read_bytes()
+    except OSError as exc:
+        raise DataError(f"the log {path} cannot be read: {exc.strerror}.") from exc
+    found: dict[str, tuple[str, dict[str, QuestionRecord]]] = {}
+    for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), start=1):
+        row, record = _parsed(line, file.name, number)
+        name, key = str(row.get("configuration", "")), row["key"]
+        if name not in found or found[name][0] != key:
+            found[name] = key, {}
+        found[name][1][row["question"]] = record
+    return {name: list(records.values()) for name, (_, records) in found.items()}
+
+
+def _parsed(line: bytes, name: str, number: int) -> tuple[dict[str, Any], QuestionRecord]:
+    """A line of a log."""
+    try:
+        row = json.loads(line)
+        record = QuestionRecord.from_json(row["record"])
+        _ = row["key"], row["question"]
+    except (ValueError, KeyError, TypeError) as exc:
+        raise DataError(
+            f"{name}, line {number}: not a line of a dspark eval log.",
+            hint="name another file, or start afresh with --fresh",
+        ) from exc
+    return row, record
 
 
 class RunLog:
@@ -55,15 +96,8 @@ class RunLog:
         data = self.path.read_bytes() if self.path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
         for number, line in enumerate(whole.splitlines(), start=1):
-            try:
-                row = json.loads(line)
-                record = QuestionRecord.from_json(row["record"])
-                self._found[row["key"], row["question"]] = record
-            except (ValueError, KeyError, TypeError) as exc:
-                raise DataError(
-                    f"{self.path.name}, line {number}: not a line of a dspark eval log.",
-                    hint="name another file, or start afresh with --fresh",
-                ) from exc
+            row, record = _parsed(line, self.path.name, number)
+            self._found[row["key"], row["question"]] = record
         return len(whole), len(data)
 
     @property

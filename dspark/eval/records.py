@@ -20,8 +20,11 @@ ROUND_COLUMNS = (
     "path",
     "matched",
     "survival",
+    "nodes",
 )
 """What the entries of a round mean in JSON, in order (fields of `RoundStats`)."""
+
+_FIRST_COLUMNS = 9  # of logs that were written before `nodes` was kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,9 +94,19 @@ class TurnRecord:
         fields = dict(row)
         rounds = []
         for values in fields.pop("rounds"):
-            named = dict(zip(ROUND_COLUMNS, values, strict=True))
-            rounds.append(RoundStats(**{**named, "survival": tuple(named["survival"])}))
+            rounds.append(_round(values))
         return TurnRecord(**fields, rounds=tuple(rounds))
+
+
+def _round(values: Sequence[Any]) -> RoundStats:
+    """A round from its columns; logs of before `nodes` have one less."""
+    if not _FIRST_COLUMNS <= len(values) <= len(ROUND_COLUMNS):
+        raise ValueError(f"a round has {len(values)} columns")
+    named = dict(zip(ROUND_COLUMNS, values, strict=False))
+    named["survival"] = tuple(named["survival"])
+    nodes = named.get("nodes", ())
+    named["nodes"] = tuple((int(up), float(share), bool(hit)) for up, share, hit in nodes)
+    return RoundStats(**named)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

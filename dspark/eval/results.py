@@ -39,6 +39,7 @@ __all__ = [
     "describe_model",
     "describe_params",
     "describe_prompts",
+    "program_facts",
     "read_results",
     "write_results",
 ]
@@ -94,15 +95,7 @@ def build_header(engine: Engine, facts: RunFacts) -> dict[str, Any]:
 
     info = engine.target.info
     return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "dspark": dspark.__version__,
-        "code": code_fingerprint(),
-        **_commit(),
-        "libraries": _libraries(),
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        **program_facts(),
         "device": info.device,
         "threads": torch.get_num_threads(),
         "target": {
@@ -123,6 +116,21 @@ def build_header(engine: Engine, facts: RunFacts) -> dict[str, Any]:
         "batch": facts.batch,
         "warm_ups": facts.warm_ups,
         "repeats": facts.repeats,
+    }
+
+
+def program_facts() -> dict[str, Any]:
+    """The part of a header that says which program ran when, how it was called, and where."""
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "dspark": dspark.__version__,
+        "code": code_fingerprint(),
+        **_commit(),
+        "libraries": _libraries(),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
     }
 
 
@@ -158,7 +166,8 @@ def describe_model(spec: str) -> dict[str, Any]:
         `id`, and for a model `revision` (hub snapshots), `source` (built-in models: checksum of
         what they were made from) and `fingerprint`: SHA-256 of every weight file's name, size and
         first 64 KiB (names, shapes and places of all tensors) and of config.json; of a lookup
-        corpus, of the file. `parts` holds the halves of a combined draft. Values are None where
+        corpus, of the file. `calibration`, only where survival maps lie beside the weights, is the
+        checksum of their file. `parts` holds the halves of a combined draft. Values are None where
         there is nothing to tell.
     """
     described = {"id": _name(spec), "revision": None, "source": None, "fingerprint": None}
@@ -172,6 +181,7 @@ def describe_model(spec: str) -> dict[str, Any]:
             described["fingerprint"] = hashlib.sha256(data).hexdigest()
     if kind in ("auto", "none", "lookup"):
         return described
+    from dspark.draft.calibration_file import FILE_NAME
     from dspark.models.resolve import resolve_model
 
     try:
@@ -180,6 +190,9 @@ def describe_model(spec: str) -> dict[str, Any]:
         return described
     found = _SNAPSHOT.search(str(folder))
     facts = {"source": _source(folder), "fingerprint": _fingerprint(folder)}
+    maps = folder / FILE_NAME
+    if maps.is_file():  # it decides which nodes a draft offers
+        facts["calibration"] = hashlib.sha256(maps.read_bytes()).hexdigest()
     return {**described, **facts, "revision": found[1] if found else None}
 
 

@@ -66,7 +66,11 @@ def untimed(records: list[QuestionRecord]) -> list[QuestionRecord]:
 
 def untimed_turn(turn: TurnRecord) -> TurnRecord:
     rounds = (
-        replace(item, survival=tuple(round(value, 4) for value in item.survival))
+        replace(
+            item,
+            survival=tuple(round(value, 4) for value in item.survival),
+            nodes=tuple((up, round(value, 4), hit) for up, value, hit in item.nodes),
+        )
         for item in turn.rounds
     )
     return replace(turn, seconds=0.0, first_token_seconds=0.0, rounds=tuple(rounds))
@@ -133,6 +137,7 @@ def test_a_round_keeps_its_likeliest_chain_and_how_far_it_held() -> None:
         path=2,
         survival=(0.6, 0.4, 0.2),
         matched=1,
+        nodes=((-1, 0.6, True), (-1, 0.3, False), (0, 0.4, False), (0, 0.1, True), (2, 0.2, False)),
     )
 
 

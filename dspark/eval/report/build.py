@@ -18,6 +18,7 @@ from dspark.eval.report.section_bench import bench_section
 from dspark.eval.report.section_confidence import confidence_section
 from dspark.eval.report.section_eval import acceptance_section
 from dspark.eval.report.section_profile import profile_section
+from dspark.eval.report.section_simulate import simulate_section
 from dspark.eval.report.terms import method, terms
 
 __all__ = ["build_page"]
@@ -87,6 +88,8 @@ def _sections(inputs: Inputs, differences: Sequence[Difference]) -> Iterator[Sec
             yield quality
     if inputs.profile:
         yield profile_section(inputs.profile, charts)
+    if inputs.simulate:
+        yield simulate_section(inputs.simulate, charts)
     if inputs.audit:
         yield audit_section(inputs.audit)
 

@@ -203,11 +203,26 @@ def _audit_notes(file: ResultFile[Any]) -> dict[str, Any]:
     }
 
 
+def _simulate_settings(file: ResultFile[Any]) -> dict[str, Any]:
+    settings = file.raw.get("settings") or {}
+    left_out = ("requests", "seed", "skips", "pools")
+    return {
+        "target": _identify(file.raw["header"]["target"]),
+        **{f"settings.{k}": v for k, v in settings.items() if k not in left_out},
+    }
+
+
+def _simulate_notes(file: ResultFile[Any]) -> dict[str, Any]:
+    assumed = {f"assumption {i + 1}": t for i, t in enumerate(file.raw.get("assumptions") or [])}
+    return {**_header_notes(file), **assumed}
+
+
 _Facts = Callable[[ResultFile[Any]], dict[str, Any]]
 _FIELDS: dict[str, tuple[_Facts, _Facts]] = {
     "bench": (_bench_settings, _header_notes),
     "eval": (_header_settings, _header_notes),
     "profile": (_profile_settings, _header_notes),
+    "simulate": (_simulate_settings, _simulate_notes),
     "audit": (_audit_settings, _audit_notes),
 }
 
@@ -264,6 +279,8 @@ def _facts_of_run(file: ResultFile[Any]) -> dict[str, Any]:
     header = file.raw["header"]
     target = header["target"]
     system = header.get("platform") or ""
+    if file.kind == "simulate":  # whatever it ran on is not what it is about
+        return {"target": _identify(target), "target's name": _last(target.get("id"))}
     return {
         "processor": header.get("processor"),
         "device": header.get("device"),

@@ -31,6 +31,7 @@ from dspark.eval.report.schema import (
     ProfileResults,
     Spread,
 )
+from dspark.eval.report.schema_simulate import SimulateResults
 
 __all__ = ["VERDICTS", "headlines"]
 
@@ -55,6 +56,8 @@ def headlines(inputs: Inputs) -> tuple[Headline, ...]:
         found.append(_audit(audit, is_alone=len(inputs.audit) == 1))
     for profile in inputs.profile:
         found += _profile(profile, is_alone=len(inputs.profile) == 1)
+    for simulated in inputs.simulate:
+        found += _simulated(simulated, is_alone=len(inputs.simulate) == 1)
     return tuple(found)
 
 
@@ -203,3 +206,17 @@ def _profile(file: ResultFile[ProfileResults], *, is_alone: bool) -> Iterator[He
         figure=f"{seconds(few.seconds.median, unit)} {unit}",
         text=f"{text}, after {count(context)} tokens of context",
     )
+
+
+def _simulated(file: ResultFile[SimulateResults], *, is_alone: bool) -> Iterator[Headline]:
+    """Throughput at promised speeds, else that nothing was promised."""
+    for item in file.results.comparisons:
+        subject = item.policy if is_alone else f"{file.label}: {item.policy}"
+        for row in item.at_speed:
+            if row.ratio is not None:
+                yield Headline(
+                    subject=subject,
+                    figure=times(row.ratio),
+                    text=f"simulated throughput over {item.baseline} at {rounded(row.speed)} tok/s "
+                    f"a user: {rounded(row.baseline)} to {rounded(row.policy)}",
+                )

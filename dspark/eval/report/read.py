@@ -11,7 +11,13 @@ from typing import Any, Generic, NoReturn, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from dspark.errors import DataError
-from dspark.eval.report.schema import AuditResults, BenchResults, EvalResults, ProfileResults
+from dspark.eval.report.schema import (
+    AuditResults,
+    BenchResults,
+    EvalResults,
+    ProfileResults,
+)
+from dspark.eval.report.schema_simulate import SimulateResults
 
 __all__ = ["KINDS", "Inputs", "ResultFile", "read_inputs"]
 
@@ -21,6 +27,7 @@ KINDS: dict[str, tuple[int, type[BaseModel]]] = {
     "bench": (1, BenchResults),
     "eval": (1, EvalResults),
     "profile": (1, ProfileResults),
+    "simulate": (1, SimulateResults),
     "audit": (1, AuditResults),
 }
 """Kinds of result files: the newest version that is read, and what it is read as."""
@@ -73,6 +80,11 @@ class Inputs:
         return self.of_kind("profile")
 
     @property
+    def simulate(self) -> list[ResultFile[SimulateResults]]:
+        """Simulated serving."""
+        return self.of_kind("simulate")
+
+    @property
     def audit(self) -> list[ResultFile[AuditResults]]:
         """Losslessness."""
         return self.of_kind("audit")
@@ -86,7 +98,7 @@ def read_inputs(paths: Sequence[str | Path]) -> Inputs:
     """Read the files of a report.
 
     Args:
-        paths: Result files of `dspark eval`, `bench`, `profile` and `audit`, 1 to 26.
+        paths: Result files of `dspark eval`, `bench`, `profile`, `simulate` and `audit`, 1 to 26.
 
     Raises:
         DataError: If there are none or too many, or one cannot be read, is not JSON, is of no

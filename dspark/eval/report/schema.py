@@ -20,19 +20,20 @@ __all__ = [
     "EvalConfiguration",
     "EvalResults",
     "Header",
+    "Part",
     "ProfilePoint",
     "ProfileResults",
     "Spread",
 ]
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
     """A part of a result file."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
 
-class Model(_Part):
+class Model(Part):
     """A target or a draft."""
 
     id: str
@@ -45,7 +46,7 @@ class Model(_Part):
     num_layers: int | None = None
 
 
-class PromptSetFacts(_Part):
+class PromptSetFacts(Part):
     """A prompt set."""
 
     name: str
@@ -56,7 +57,7 @@ class PromptSetFacts(_Part):
     categories: dict[str, int] = Field(default_factory=dict)
 
 
-class Exact(_Part):
+class Exact(Part):
     """Exact mode."""
 
     enabled: bool | None = None
@@ -64,7 +65,7 @@ class Exact(_Part):
     backend: str | None = None
 
 
-class Header(_Part):
+class Header(Part):
     """What was run, on what, and how (`dspark.eval.results.build_header`)."""
 
     created: str | None = None
@@ -94,7 +95,7 @@ class Header(_Part):
     repeats: int | None = None
 
 
-class Failure(_Part):
+class Failure(Part):
     """A question that failed."""
 
     question_id: str | int
@@ -104,7 +105,7 @@ class Failure(_Part):
 # -- dspark.eval ------------------------------------------------------------------------------
 
 
-class MeansFacts(_Part):
+class MeansFacts(Part):
     """One quantity of rounds, averaged in three ways."""
 
     per_round: float | None = None
@@ -112,7 +113,7 @@ class MeansFacts(_Part):
     per_request: float | None = None
 
 
-class PositionFacts(_Part):
+class PositionFacts(Part):
     """Acceptance at one depth."""
 
     position: int
@@ -124,7 +125,7 @@ class PositionFacts(_Part):
     of_offered: float | None = None
 
 
-class Acceptance(_Part):
+class Acceptance(Part):
     """Acceptance of a set of questions."""
 
     prompts: int
@@ -148,7 +149,7 @@ class Acceptance(_Part):
     per_position: list[PositionFacts] = Field(default_factory=list)
 
 
-class ContextFacts(_Part):
+class ContextFacts(Part):
     """Rounds that started from a context of such a length."""
 
     from_: int = Field(alias="from")
@@ -159,7 +160,7 @@ class ContextFacts(_Part):
     accept_len: float | None = None
 
 
-class Bin(_Part):
+class Bin(Part):
     """A bin of a reliability curve."""
 
     count: int
@@ -167,7 +168,7 @@ class Bin(_Part):
     observed: float
 
 
-class Calibration(_Part):
+class Calibration(Part):
     """How far a set of predictions can be trusted."""
 
     count: int
@@ -179,7 +180,7 @@ class Calibration(_Part):
     reliability: list[Bin] = Field(default_factory=list)
 
 
-class PositionConfidence(_Part):
+class PositionConfidence(Part):
     """Confidence at one depth."""
 
     position: int
@@ -187,7 +188,7 @@ class PositionConfidence(_Part):
     step: Calibration
 
 
-class Confidence(_Part):
+class Confidence(Part):
     """Confidence of one configuration."""
 
     rule: str | None = None
@@ -198,7 +199,7 @@ class Confidence(_Part):
     per_position: list[PositionConfidence] = Field(default_factory=list)
 
 
-class EvalConfiguration(_Part):
+class EvalConfiguration(Part):
     """One cell of an evaluation."""
 
     name: str
@@ -213,7 +214,7 @@ class EvalConfiguration(_Part):
     definitions: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 
-class EvalResults(_Part):
+class EvalResults(Part):
     """A file of `dspark eval`."""
 
     header: Header
@@ -223,7 +224,7 @@ class EvalResults(_Part):
 # -- dspark.bench -----------------------------------------------------------------------------
 
 
-class Spread(_Part):
+class Spread(Part):
     """A median, its interval, and the extremes of the repeats.
 
     The interval is the 95 % one of a bench, and the quartiles of a profile.
@@ -242,7 +243,7 @@ class Speedup(Spread):
     over: str
 
 
-class Percentiles(_Part):
+class Percentiles(Part):
     """Percentiles, in seconds."""
 
     p50: float | None = None
@@ -251,7 +252,7 @@ class Percentiles(_Part):
     max: float | None = None
 
 
-class Memory(_Part):
+class Memory(Part):
     """Largest memory in use, in bytes."""
 
     peak_rss: int | None = None
@@ -259,7 +260,7 @@ class Memory(_Part):
     device: int | None = None
 
 
-class CategoryFacts(_Part):
+class CategoryFacts(Part):
     """One category's speed."""
 
     tokens_per_second: float | None = None
@@ -267,14 +268,14 @@ class CategoryFacts(_Part):
     tau: float | None = None
 
 
-class SameText(_Part):
+class SameText(Part):
     """Answers equal to the baseline's."""
 
     equal: int
     of: int
 
 
-class BenchFigures(_Part):
+class BenchFigures(Part):
     """One configuration at one concurrency."""
 
     configuration: str
@@ -295,7 +296,7 @@ class BenchFigures(_Part):
     failed: list[Failure] = Field(default_factory=list)
 
 
-class Skipped(_Part):
+class Skipped(Part):
     """A configuration that was not run at a concurrency."""
 
     configuration: str
@@ -303,14 +304,14 @@ class Skipped(_Part):
     reason: str
 
 
-class Library(_Part):
+class Library(Part):
     """The library or server that ran a configuration."""
 
     name: str | None = None
     version: str | None = None
 
 
-class BenchConfiguration(_Part):
+class BenchConfiguration(Part):
     """What was timed."""
 
     name: str
@@ -324,7 +325,7 @@ class BenchConfiguration(_Part):
     note: str | None = None
 
 
-class BenchResults(_Part):
+class BenchResults(Part):
     """A file of `dspark bench`."""
 
     header: Header
@@ -338,7 +339,7 @@ class BenchResults(_Part):
 # -- dspark.profile ---------------------------------------------------------------------------
 
 
-class ProfilePoint(_Part):
+class ProfilePoint(Part):
     """Seconds of a verification step of so many rows after so much context."""
 
     context: int
@@ -347,14 +348,14 @@ class ProfilePoint(_Part):
     repeats: int | None = None
 
 
-class ExpertsFacts(_Part):
+class ExpertsFacts(Part):
     """Experts that a step of so many rows wakes."""
 
     rows: int
     distinct_experts: float
 
 
-class ProfileResults(_Part):
+class ProfileResults(Part):
     """A file of `dspark profile`."""
 
     header: Header
@@ -367,7 +368,7 @@ class ProfileResults(_Part):
 # -- audit ------------------------------------------------------------------------------------
 
 
-class AuditTarget(_Part):
+class AuditTarget(Part):
     """The target, as an audit describes it."""
 
     name: str
@@ -377,7 +378,7 @@ class AuditTarget(_Part):
     vocab_size: int | None = None
 
 
-class AuditCheck(_Part):
+class AuditCheck(Part):
     """One check."""
 
     name: str
@@ -388,7 +389,7 @@ class AuditCheck(_Part):
     seconds: float = 0.0
 
 
-class AuditResults(_Part):
+class AuditResults(Part):
     """A file of `dspark audit`."""
 
     status: str

@@ -96,6 +96,22 @@ _STEPS = (
         "many tokens of context. Steps per second are 1 / the median of its time.",
     ),
 )
+_SIMULATED = (
+    Term(
+        name="simulated",
+        meaning="Rounds were played through, not run: their seconds come from measured or computed "
+        "step times, their outcomes from recorded or stated acceptance.",
+    ),
+    Term(
+        name="verification budget",
+        meaning="Drafted nodes verified / rounds of requests.",
+    ),
+    Term(
+        name="simulated speed per user",
+        meaning="Tokens committed by rounds / seconds that requests spent in rounds after their "
+        "prefill.",
+    ),
+)
 _AUDIT = (
     Term(
         name="audit",
@@ -133,6 +149,8 @@ def terms(inputs: Inputs) -> tuple[Term, ...]:
         found += _SPEED
     if inputs.profile:
         found += _STEPS
+    if inputs.simulate:
+        found += _SIMULATED
     if inputs.audit:
         found += _AUDIT
     return (*found, *_RULES)
@@ -183,6 +201,10 @@ def method(inputs: Inputs) -> tuple[str, ...]:
         )
     if inputs.profile:
         found.append("Step times are medians of repeated forwards; nothing is smoothed or fitted.")
+    if inputs.simulate:
+        found.append(
+            "Serving was simulated: its figures are predictions under the assumptions told."
+        )
     if inputs.audit:
         found.append(
             "The audit ran the engine's own code on the loaded pair of target and draft, against "
