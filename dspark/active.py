@@ -28,7 +28,7 @@ __all__ = ["ActiveRequest", "Phase"]
 class Phase(Enum):
     """Where a request stands."""
 
-    WAITING = "waiting"
+    WAITING = "waiting"  # for its first round, or for memory after a preemption
     PREFILL = "prefill"
     DECODE = "decode"
     DONE = "done"
@@ -49,9 +49,15 @@ class ActiveRequest:
         prompt_index: Index of the prompt in the caller's list.
         leader: The request with the same prompt that prefills first, or None.
         priority: Weight of its tokens when rows are shared out (docs/scheduling.md), > 0.
+        order: Its place among requests, lower ones first (`dspark.admission`).
         tokens: Prompt and generated tokens; the last one is the anchor once decoding.
         phase: Where it stands.
         slot: Slot in the cache while it has one.
+        shared: Tokens that the slot took over from another request.
+        may_share: False where taking over others' memory stood in its way before.
+        is_awaited: True while other samples wait for its prompt.
+        lost: Tokens in the cache that the last preemption cost.
+        waiting_since: When it began to wait, by the performance counter.
         rounds: Rounds run.
         finish_reason: Why it ended.
         error: One sentence if it failed.
@@ -67,9 +73,14 @@ class ActiveRequest:
     prompt_index: int = 0
     leader: ActiveRequest | None = None
     priority: float = 1.0
+    order: tuple[float, int] = (0.0, 0)
     tokens: list[int] = field(default_factory=list)
     phase: Phase = Phase.WAITING
     slot: int | None = None
+    shared: int = 0
+    may_share: bool = True
+    is_awaited: bool = False
+    lost: int = 0
     rounds: int = 0
     finish_reason: FinishReason | None = None
     error: str | None = None
@@ -82,10 +93,12 @@ class ActiveRequest:
     fresh: list[int] = field(default_factory=list)
     committed_before: int = 0
     submitted_at: float = field(default_factory=time.perf_counter)
+    waiting_since: float = 0.0
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
         self.stats.prompt_tokens = len(self.prompt)
+        self.waiting_since = self.submitted_at
 
     @property
     def generated(self) -> list[int]:
@@ -96,6 +109,11 @@ class ActiveRequest:
     def num_generated(self) -> int:
         """How many tokens were generated."""
         return len(self.tokens) - len(self.prompt)
+
+    @property
+    def num_prefill(self) -> int:
+        """Tokens that must be in the cache before a round: the prompt, or all but the anchor."""
+        return len(self.tokens) - (1 if len(self.tokens) > len(self.prompt) else 0)
 
     def remaining(self, max_positions: int) -> int:
         """Tokens it may still generate."""

@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 
 from dspark.errors import CapabilityError
 
-__all__ = ["Cache", "CacheFullError", "CacheUsage"]
+__all__ = ["Cache", "CacheFullError", "CacheUsage", "PricesRequests"]
 
 
 class CacheFullError(CapabilityError):
@@ -26,7 +26,7 @@ class CacheUsage:
     Attributes:
         pages: Pages held by live slots and by kept prefixes.
         page_tokens: Tokens a page holds.
-        bytes: Bytes of K/V allocated.
+        bytes: Bytes of K/V allocated, which the limit holds down.
         limit: Byte limit, or None.
         slots: Live slots.
     """
@@ -51,6 +51,9 @@ class Cache(Protocol):
         Returns:
             (slot, shared): `shared` leading tokens, fewer than len(tokens), are already in the
             slot because another request started alike.
+
+        Raises:
+            CacheFullError: If the memory limit leaves no room.
         """
         ...
 
@@ -97,4 +100,17 @@ class Cache(Protocol):
 
     def page_bytes(self) -> int:
         """Bytes of one page."""
+        ...
+
+
+@runtime_checkable
+class PricesRequests(Protocol):
+    """A cache whose slots take more than their tokens' pages."""
+
+    def request_bytes(self, rows: int) -> int:
+        """Bytes that a slot takes at the most while nothing else is in the cache.
+
+        Args:
+            rows: Committed tokens that it may come to hold, and rows of a tree behind them.
+        """
         ...

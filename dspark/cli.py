@@ -20,8 +20,11 @@ from dspark._version import __version__
 from dspark.commands import audit, chat, convert, doctor, generate, models, plan, profile, report
 from dspark.commands import eval as eval_commands
 from dspark.commands.bench import bench_command
+from dspark.commands.calibrate import calibrate_command
 from dspark.commands.console import print_error, stderr_console
+from dspark.commands.convert_draft import convert_draft_command
 from dspark.commands.data import data_command
+from dspark.commands.simulate import simulate
 from dspark.commands.train import train
 from dspark.errors import DataError, DsparkError
 
@@ -59,15 +62,18 @@ app = typer.Typer(
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("convert")(convert.convert)
+app.command("convert-draft")(convert_draft_command)
 app.command("plan")(plan.plan)
 app.command("audit")(audit.audit)
 app.command("eval")(eval_commands.eval_command)
 app.command("data")(data_command)
 app.command("bench")(bench_command)
 app.command("profile")(profile.profile)
+app.command("simulate")(simulate)
 app.command("doctor")(doctor.doctor)
 app.command("report")(report.report)
 app.command("train")(train)
+app.command("calibrate")(calibrate_command)
 app.add_typer(models.app, name="models")
 
 

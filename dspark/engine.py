@@ -1,21 +1,23 @@
 """Engine: prompts in, rounds, tokens out. Continuous batching, streaming, cancellation.
 
 Requests join and leave between rounds; every round is one forward over all of them (rounds.py).
+Who may join, and who has to leave where memory runs out, is decided in admission.py.
 """
 
 from __future__ import annotations
 
 import secrets
-import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dspark.active import ActiveRequest, Phase
+from dspark.admission import Admission
 from dspark.draft.base import Drafter
 from dspark.draft.none import NoDrafter
 from dspark.engine_config import EngineConfig, priorities
+from dspark.engine_stats import EngineStats
 from dspark.errors import ConfigError, DataError, DsparkError
 from dspark.intake import Intake
 from dspark.output import OutputText, TextPiece
@@ -32,7 +34,10 @@ from dspark.text import TextCodec
 from dspark.verify.noise import NoiseKey
 from dspark.verify.scheduler_setting import Schedule
 
-__all__ = ["Engine", "EngineConfig", "StreamChunk"]
+if TYPE_CHECKING:
+    from dspark.loading import StepCosts
+
+__all__ = ["Engine", "EngineConfig", "EngineStats", "StreamChunk"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +107,15 @@ class Engine:
             memory_limit=self._config.memory_limit,
             tree_budget=self._config.limits.tree_budget,
         )
-        self._waiting: deque[ActiveRequest] = deque()
-        self._active: list[ActiveRequest] = []
+        self._admission = Admission(
+            self._cache,
+            self._intake,
+            max_batch=self._config.max_batch,
+            ageing=self._config.ageing,
+            needs_features=bool(self._drafter.capture),
+            forget=self._runner.release,
+            drop=self._runner.drop,
+        )
         self._next_id = 0
 
     @staticmethod
@@ -119,6 +131,7 @@ class Engine:
         think: bool | None = None,
         effort: str | None = None,
         config: EngineConfig | None = None,
+        step_costs: StepCosts | None = None,
     ) -> Engine:
         """Load a target and a draft and make an engine of them.
 
@@ -137,6 +150,9 @@ class Engine:
             think: Have the model think before it answers, or not; None leaves it to the model.
             effort: How hard: "low", "high" or "max", for models that know it (DeepSeek-V4).
             config: Settings.
+            step_costs: Asked what steps of the target cost where the schedule goes by that, a draft
+                is there and `config` does not say: `dspark.eval.profile_auto.kept_or_quick` finds a
+                kept profile or measures one in two seconds. None learns it while the engine runs.
 
         Returns:
             The engine.
@@ -159,6 +175,7 @@ class Engine:
             think=think,
             effort=effort,
             config=config,
+            step_costs=step_costs,
         )
 
     @property
@@ -194,7 +211,12 @@ class Engine:
     @property
     def num_unfinished(self) -> int:
         """Requests waiting or running."""
-        return len(self._waiting) + len(self._active)
+        return self._admission.num_unfinished
+
+    @property
+    def stats(self) -> EngineStats:
+        """What was done so far, over all requests; goes on counting."""
+        return self._admission.stats
 
     # -- whole calls --------------------------------------------------------------------------
 
@@ -321,8 +343,8 @@ class Engine:
             params: Sampling parameters.
             prompt_index: Number to put into the results.
             priority: What a token of this request is worth where requests compete for rows, > 0;
-                2 counts twice. It decides about speed, not about the order of admission and never
-                about the text.
+                2 counts twice. Such a request also stands in line as if it had come
+                `EngineConfig.ageing` rounds earlier. It decides about speed, never about the text.
 
         Returns:
             One request per sample. A prompt that cannot be used gives requests that are done, with
@@ -366,24 +388,21 @@ class Engine:
             requests.append(request)
             if error is not None:
                 request.fail(error.message, error.hint)
-            else:
-                self._waiting.append(request)
+            self._admission.add(request)
         return requests
 
     def cancel(self, request: ActiveRequest) -> None:
         """End a request; what it generated stays in its result."""
-        if request.phase is not Phase.DONE:
-            request.cancel()
-        if request in self._waiting:
-            self._waiting.remove(request)
-        self._retire()
+        self._admission.cancel(request)
 
     def step(self) -> None:
         """Run one round of everything that is active, after admitting what fits."""
-        self._admit()
-        if self._active:
-            self._runner.run(self._active)
-        self._retire()
+        self._admission.admit()
+        if self._admission.active:
+            rows = self._runner.run(self._admission.active, self._admission.make_room)
+            self.stats.rounds += rows > 0
+            self.stats.rows += rows
+        self._admission.retire()
 
     # -- inside -------------------------------------------------------------------------------
 
@@ -399,64 +418,6 @@ class Engine:
             )
         return list(params)
 
-    def _admit(self) -> None:
-        blocked: list[ActiveRequest] = []
-        while self._waiting and len(self._active) < self._config.max_batch:
-            request = self._waiting.popleft()
-            leader = request.leader
-            if leader is not None and leader.phase in (Phase.WAITING, Phase.PREFILL):
-                blocked.append(request)  # the leader's prefill will be shared
-                continue
-            if not self._open(request):
-                blocked.append(request)
-                break
-        self._waiting.extendleft(reversed(blocked))
-
-    def _open(self, request: ActiveRequest) -> bool:
-        """Give a request its slot; False if the cache has no room for it yet."""
-        # Features of shared tokens would be missing for drafters that read them.
-        tokens = [] if self._drafter.capture else request.prompt
-        rows = self._intake.rows_needed(len(request.prompt), request.params)
-        slot, shared = self._cache.open(tokens)
-        try:
-            self._cache.reserve(slot, rows - shared)
-        except DsparkError as exc:
-            self._cache.release(slot)
-            if self._active:
-                return False  # they will free memory
-            if not shared:
-                request.fail(exc.message, exc.hint)
-                return True
-            # What it shares holds more memory than it saves: start without.
-            self._cache.forget_kept()
-            slot, shared = self._cache.open([])
-            try:
-                self._cache.reserve(slot, rows)
-            except DsparkError as again:
-                self._cache.release(slot)
-                request.fail(again.message, again.hint)
-                return True
-        request.slot = slot
-        request.stats.shared_prefix = shared
-        request.phase = Phase.PREFILL
-        self._active.append(request)
-        return True
-
-    def _retire(self) -> None:
-        done = [request for request in self._active if request.phase is Phase.DONE]
-        for request in done:
-            if request.slot is not None:
-                self._cache.release(request.slot)
-                request.slot = None
-            self._runner.release(request.request_id)
-            request.features.clear()
-            request.stats.seconds_total = time.perf_counter() - request.submitted_at
-        if done:
-            self._active = [r for r in self._active if r.phase is not Phase.DONE]
-
     def _abandon(self, requests: Sequence[ActiveRequest]) -> None:
         for request in requests:
-            if request.phase is not Phase.DONE:
-                request.cancel()
-        self._waiting = deque(r for r in self._waiting if r.phase is not Phase.DONE)
-        self._retire()
+            self._admission.cancel(request)

@@ -21,7 +21,10 @@ class EngineConfig:
     Attributes:
         max_batch: Requests in a round at the most; further ones wait.
         memory_limit: Bytes of the target's K/V cache, None for no limit. A draft model's own
-            cache comes on top.
+            cache comes on top. Where memory runs out, the request that is last in order gives up
+            its part and is run again later.
+        ageing: Rounds of waiting that count as much as twice the priority, >= 0: a request of
+            priority 2 stands in line as if it had come so many rounds earlier.
         auto_off: Let drafting switch itself off per request while it loses.
         limits: Sizes of a round.
         schedule: Which drafted nodes are verified where a request states no tree budget of its
@@ -36,6 +39,7 @@ class EngineConfig:
 
     max_batch: int = 32
     memory_limit: int | None = None
+    ageing: int = 64
     auto_off: bool = True
     limits: RoundLimits = field(default_factory=RoundLimits)
     schedule: str = "auto"
@@ -47,6 +51,8 @@ class EngineConfig:
             raise ConfigError(f"max_batch is {self.max_batch}, but must be >= 1.")
         if self.memory_limit is not None and self.memory_limit < 1:
             raise ConfigError(f"memory_limit is {self.memory_limit}, but must be >= 1 byte.")
+        if self.ageing < 0:
+            raise ConfigError(f"ageing is {self.ageing}, but must be >= 0 rounds.")
 
 
 def priorities(priority: float | Sequence[float], count: int) -> list[float]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 
-from dspark.cache import Cache
+from dspark.active import ActiveRequest
+from dspark.cache import Cache, PricesRequests
 from dspark.errors import CapabilityError, ConfigError, DataError
 from dspark.request import Prompt, Rule, SamplingParams
 from dspark.target import Target
@@ -14,7 +15,11 @@ from dspark.text import TextCodec
 __all__ = ["Intake"]
 
 _EAGER_TOKENS = 512
-"""Output tokens for which a request's K/V are reserved at admission; longer ones grow."""
+"""Output tokens that memory is reserved for at admission where there is no limit to it."""
+
+_HEADROOM_TOKENS = 64
+"""The same where there is one. It doubles with every preemption of a request, so that one which
+was sent back does not return for a moment only."""
 
 
 class Intake:
@@ -134,21 +139,32 @@ class Intake:
                 "nodes per request.",
                 hint="lower the tree budget, or use --no-exact",
             )
-        limit, rows = self._memory_limit, self.rows_needed(len(tokens), params)
-        pages = -(-rows // self._cache.usage().page_tokens)
-        if limit is not None and pages * self._cache.page_bytes() > limit:
+        limit = self._memory_limit
+        needed = 0 if limit is None else self._most_bytes(len(tokens), params)
+        if limit is not None and needed > limit:
             raise CapabilityError(
-                f"this request needs {pages * self._cache.page_bytes() / 2**20:.0f} MiB of K/V "
+                f"this request needs {needed / 2**20:.0f} MiB of K/V "
                 f"cache, but the limit is {limit / 2**20:.0f} MiB.",
                 hint="shorten the prompt, lower max_tokens or raise the memory limit",
             )
 
-    def rows_needed(self, prompt: int, params: SamplingParams) -> int:
-        """Rows of cache that a request may come to hold."""
-        nodes = params.tree_budget
-        nodes = self._tree_budget if nodes is None else nodes
-        longest = self._target.info.max_positions
-        output = params.max_tokens
+    def rows_to_begin(self, request: ActiveRequest) -> int:
+        """Rows of cache that a request needs to be admitted: what it holds, and some to go on."""
+        output = request.remaining(self._target.info.max_positions)
         if self._memory_limit is None:
             output = min(output, _EAGER_TOKENS)
-        return min(prompt + output, longest) + nodes + 1
+        else:
+            output = min(output, _HEADROOM_TOKENS << min(request.stats.preemptions, 16))
+        return request.num_prefill + output + self._nodes(request.params) + 1
+
+    def _most_bytes(self, prompt: int, params: SamplingParams) -> int:
+        """Bytes of cache that a request may come to hold."""
+        tokens = min(prompt + params.max_tokens, self._target.info.max_positions)
+        rows = tokens + self._nodes(params) + 1
+        if isinstance(self._cache, PricesRequests):
+            return self._cache.request_bytes(rows)
+        pages = -(-rows // self._cache.usage().page_tokens)
+        return pages * self._cache.page_bytes()
+
+    def _nodes(self, params: SamplingParams) -> int:
+        return self._tree_budget if params.tree_budget is None else params.tree_budget

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeAlias
 
 from dspark.draft.base import Drafter
 from dspark.engine import Engine, EngineConfig
 from dspark.errors import CapabilityError, ConfigError, DataError
+from dspark.models.shipped import find_shipped
+from dspark.payoff import StepSeconds
 from dspark.registry import LoadedTarget, LoadOptions, load_target
 from dspark.target import Target
 from dspark.text import TextCodec
+from dspark.verify.scheduler_setting import Schedule
 
-__all__ = ["load_engine"]
+__all__ = ["StepCosts", "load_engine"]
+
+StepCosts: TypeAlias = Callable[[Target, TextCodec | None, int | None], StepSeconds | None]
+"""Finds out what steps of a target cost: target, codec, bytes that its experts are held to."""
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +38,7 @@ def load_engine(  # noqa: PLR0913 - one keyword per option of Engine.load
     think: bool | None = None,
     effort: str | None = None,
     config: EngineConfig | None = None,
+    step_costs: StepCosts | None = None,
 ) -> Engine:
     """Load a target and a draft and make an engine of them; see `Engine.load`."""
     if threads is not None:
@@ -50,10 +59,16 @@ def load_engine(  # noqa: PLR0913 - one keyword per option of Engine.load
     )
     loaded = _load_model(str(target), options)
     drafter = build_drafter("none" if draft is None else str(draft), loaded, options)
+    codec = _with_reasoning(loaded, think, effort)
+    config = EngineConfig() if config is None else config
+    asks = drafter is not None and Schedule.parse(config.schedule).asks_costs
+    if step_costs is not None and asks and config.step_seconds is None:
+        seconds = step_costs(loaded.target, loaded.codec, options.expert_memory)
+        config = replace(config, step_seconds=seconds)
     return Engine(
         loaded.target,
         drafter=drafter,
-        codec=_with_reasoning(loaded, think, effort),
+        codec=codec,
         config=config,
         sampling_defaults=loaded.sampling,
     )
@@ -122,8 +137,9 @@ def build_drafter(spec: str, loaded: LoadedTarget, options: LoadOptions) -> Draf
     if spec == "auto":
         own = _own_drafter(loaded.target)
         if own is not None:
-            return own
-        spec = "lookup"
+            return _calibrated(own, loaded.folder, loaded)
+        shipped = find_shipped(loaded.folder)
+        spec = "lookup" if shipped is None else str(shipped)
     head, plus, rest = spec.partition("+")
     if plus and not Path(spec).expanduser().exists():  # a folder may have a + in its name
         from dspark.draft.combined import CombinedDrafter
@@ -170,8 +186,22 @@ def _draft_from_folder(spec: str, loaded: LoadedTarget, options: LoadOptions) ->
 
     folder = resolve_model(spec)
     if is_draft(read_config(folder)):
-        return load_draft(folder, loaded.target)
-    return _model_drafter(spec, folder, loaded, options)
+        drafter = load_draft(folder, loaded.target)
+    else:
+        drafter = _model_drafter(spec, folder, loaded, options)
+    return _calibrated(drafter, folder, loaded)
+
+
+def _calibrated(drafter: Drafter, folder: Path, loaded: LoadedTarget) -> Drafter:
+    """Give a drafter the survival maps that lie beside its weights, if there are any."""
+    from dspark.draft.calibration_file import calibration_beside
+    from dspark.draft.grow import GrowsTrees, GrowthConfig
+
+    if isinstance(drafter, GrowsTrees) and isinstance(drafter.config, GrowthConfig):
+        found = calibration_beside(folder, loaded.folder)
+        if found is not None:
+            drafter.config = replace(drafter.config, calibration=found)
+    return drafter
 
 
 def _model_drafter(spec: str, folder: Path, loaded: LoadedTarget, options: LoadOptions) -> Drafter:

@@ -82,6 +82,8 @@ class OutputText:
             is_final: True when no more tokens will come; otherwise as many characters are held
                 back as could begin a stop string.
         """
+        if not self._waiting:
+            return []
         waiting = sum(len(piece.text) for piece in self._waiting)
         given = len(self._full) - waiting
         limit = len(self.text) - (0 if is_final else self._hold)

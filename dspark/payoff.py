@@ -54,14 +54,11 @@ class StepClock:
         """
         if self.is_known:
             seconds = min(seconds, 2 * self.seconds(rows))
-        for name, value in (
-            ("_weight", 1.0),
-            ("_rows", float(rows)),
-            ("_seconds", seconds),
-            ("_rows2", float(rows) * rows),
-            ("_cross", rows * seconds),
-        ):
-            setattr(self, name, getattr(self, name) * _DECAY + value)
+        self._weight = self._weight * _DECAY + 1.0
+        self._rows = self._rows * _DECAY + rows
+        self._seconds = self._seconds * _DECAY + seconds
+        self._rows2 = self._rows2 * _DECAY + rows * rows
+        self._cross = self._cross * _DECAY + rows * seconds
 
     @property
     def is_known(self) -> bool:

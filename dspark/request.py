@@ -48,7 +48,7 @@ class Rule(StrEnum):
     @property
     def draws_from_laws(self) -> bool:
         """True for rules that need the law each drafted token was drawn from."""
-        return self in (Rule.REJECTION, Rule.BLOCK)
+        return self is Rule.REJECTION or self is Rule.BLOCK
 
 
 class FinishReason(StrEnum):
@@ -226,8 +226,12 @@ class RoundStats:
         survival: Survival, as the drafter saw it, of the nodes of the tree's likeliest chain: from
             depth 1 on, always the child of highest survival.
         matched: How many of these, from depth 1 on, were accepted.
+        nodes: Of a tree with branches, every node in order: its parent's index (-1 for the anchor),
+            its survival, and whether it was accepted. Empty for a chain, which `survival` and
+            `matched` describe.
 
-    Where the text ended inside the accepted path, `tried`, `survival` and `matched` end there too.
+    Where the text ended inside the accepted path, `tried`, `survival`, `matched` and `nodes` end
+    there too.
     """
 
     proposed: int
@@ -239,6 +243,7 @@ class RoundStats:
     path: int = 0
     survival: tuple[float, ...] = ()
     matched: int = 0
+    nodes: tuple[tuple[int, float, bool], ...] = ()
 
 
 @dataclass(slots=True)
@@ -262,6 +267,10 @@ class RequestStats:
         seconds_prefill: Seconds in prefill forwards.
         seconds_total: Wall-clock seconds from submission to the end.
         time_to_first_token: Wall-clock seconds from submission to the first token.
+        seconds_waiting: Wall-clock seconds in the queue, before the first round and after
+            preemptions.
+        preemptions: Times it had to give its memory to others.
+        recomputed_tokens: Tokens that were run again because of that.
         speculation_switched_off: Times that auto-off stopped drafting.
         round_log: One entry a round, kept if the engine was told to.
     """
@@ -282,6 +291,9 @@ class RequestStats:
     seconds_prefill: float = 0.0
     seconds_total: float = 0.0
     time_to_first_token: float = 0.0
+    seconds_waiting: float = 0.0
+    preemptions: int = 0
+    recomputed_tokens: int = 0
     speculation_switched_off: int = 0
     round_log: list[RoundStats] = field(default_factory=list)
 

@@ -6,16 +6,15 @@ A drafter that fails is asked no more: it costs speed, never the answer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import TypeAlias
 
 import torch
 
 from dspark.active import ActiveRequest, Phase
 from dspark.cache import Cache
 from dspark.draft.base import DraftContext, Drafter, Observer
+from dspark.draft.none import NoDrafter
 from dspark.errors import ShapeError
 from dspark.payoff import RoundCosts
 from dspark.round_limits import RoundLimits
@@ -25,15 +24,31 @@ from dspark.verify.scheduler import Load, Offer, Scheduler
 from dspark.verify.scheduler_drift import Outcome
 from dspark.verify.scheduler_order import in_judging_order
 
-__all__ = ["Drafted", "Drafting", "slot_of"]
+__all__ = ["NOTHING", "Drafted", "Drafting", "slot_of"]
 
 logger = logging.getLogger(__name__)
 
-_Bar: TypeAlias = Callable[..., float]
-"""`Scheduler.bar` of one round, remembered."""
+
+class _Bar:
+    """`Scheduler.bar` of one round, remembered."""
+
+    __slots__ = ("_known", "_load", "_scheduler")
+
+    def __init__(self, scheduler: Scheduler, load: Load) -> None:
+        self._scheduler = scheduler
+        self._load = load
+        self._known: dict[tuple[int, float, bool], float] = {}
+
+    def __call__(self, nodes: int, weight: float, is_drawn: bool) -> float:
+        key = nodes, weight, is_drawn
+        if key not in self._known:
+            self._known[key] = self._scheduler.bar(
+                self._load, nodes=nodes, weight=weight, is_drawn=is_drawn
+            )
+        return self._known[key]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Drafted:
     """What one request has for a round.
 
@@ -44,6 +59,10 @@ class Drafted:
 
     proposal: Proposal
     offered: int
+
+
+NOTHING = Drafted(Proposal.empty(), 0)
+"""A round of plain decoding."""
 
 
 class Drafting:
@@ -73,6 +92,9 @@ class Drafting:
         self._limits = limits
         self._scheduler = scheduler
         self._costs = costs
+        # Protocols are slow to check, and these answers stay.
+        self._observer = drafter if isinstance(drafter, Observer) else None
+        self._is_idle = isinstance(drafter, NoDrafter)
         self._has_failed = False
         self._outcomes: list[Outcome] = []
 
@@ -103,17 +125,39 @@ class Drafting:
         )
         return Load(sum(request.priority for request in decoding), rates)
 
-    def propose(self, decoding: Sequence[ActiveRequest], load: Load) -> dict[int, Proposal]:
+    def budget(self, request: ActiveRequest, count: int) -> int:
+        """Nodes that may be drafted for a request in a round, whatever is drawn in it.
+
+        Args:
+            request: The request.
+            count: Requests that decode.
+        """
+        params, limits = request.params, self._limits
+        if not params.draft or self._has_failed or self._is_idle:
+            return 0
+        budget = params.tree_budget
+        if budget is None:
+            budget = min(limits.tree_budget, max(1, limits.max_rows // count - 1))
+            most = self._scheduler.draft_limit
+            budget = budget if most is None else min(budget, most)
+        most = self._target.exactness.max_nodes
+        return budget if most is None else min(budget, most)
+
+    def propose(
+        self, decoding: Sequence[ActiveRequest], budgets: Sequence[int], load: Load
+    ) -> dict[int, Proposal]:
         """What the drafter offers, by request id; nothing where it is not worth asking.
 
         Args:
             decoding: Requests that decode.
+            budgets: Of each, from `budget`.
             load: From `load`.
         """
         contexts = []
-        bar: _Bar = lru_cache(maxsize=None)(partial(self._scheduler.bar, load))
-        for request in decoding:
-            context = self._context(request, len(decoding), bar)
+        bar = _Bar(self._scheduler, load)
+        wants_plain = self._costs.wants_plain(len(decoding))
+        for request, budget in zip(decoding, budgets, strict=True):
+            context = self._context(request, budget, bar, wants_plain=wants_plain)
             if context is not None:
                 contexts.append(context)
         if not contexts:
@@ -183,36 +227,30 @@ class Drafting:
             logger.warning("drafter %s failed, decoding plainly: %s", self._drafter.name, exc)
         self._has_failed = True
 
-    def _context(self, request: ActiveRequest, count: int, bar: _Bar) -> DraftContext | None:
+    def _context(
+        self, request: ActiveRequest, budget: int, bar: _Bar, *, wants_plain: bool
+    ) -> DraftContext | None:
         """What the drafter is told of a request, None if it is not to draft for it."""
-        params, limits = request.params, self._limits
-        budget = params.tree_budget
-        if budget is None:
-            budget = min(limits.tree_budget, max(1, limits.max_rows // count - 1))
-            most = self._scheduler.draft_limit
-            budget = budget if most is None else min(budget, most)
-        most = self._target.exactness.max_nodes
-        budget = budget if most is None else min(budget, most)
         # The closing token comes on top of the path, so the last remaining token needs no draft.
         room = request.remaining(self._target.info.max_positions) - 1
-        depth = min(limits.depth if params.depth is None else params.depth, room, budget)
-        wanted = params.draft and budget > 0 and depth > 0 and not self._has_failed
-        if not wanted or not self._is_on(request, count, budget, bar):
+        depth = request.params.depth
+        depth = min(self._limits.depth if depth is None else depth, room, budget)
+        if depth <= 0 or not self._is_on(request, budget, bar, wants_plain=wants_plain):
             request.switch.skipped()
             return None
         return _draft_context(request, request.tokens, budget=budget, depth=depth)
 
-    def _is_on(self, request: ActiveRequest, count: int, budget: int, bar: _Bar) -> bool:
+    def _is_on(self, request: ActiveRequest, budget: int, bar: _Bar, *, wants_plain: bool) -> bool:
         """Whether drafting may pay for this request now."""
         switch = request.switch
         if not switch.allowed:
             return True
-        if not switch.is_on or self._costs.wants_plain(count):
+        if not switch.is_on or wants_plain:
             return False
         if request.params.tree_budget is not None:
             return True
         is_drawn = request.rule.draws_from_laws
-        return switch.first_node.pays(bar(nodes=budget, weight=request.priority, is_drawn=is_drawn))
+        return switch.first_node.pays(bar(budget, request.priority, is_drawn))
 
     # -- after it -----------------------------------------------------------------------------
 
@@ -235,7 +273,7 @@ class Drafting:
 
         Otherwise a prompt of a million tokens would keep the captured layers of all of them.
         """
-        if self._has_failed or not isinstance(self._drafter, Observer):
+        if self._has_failed or self._observer is None:
             return
         contexts = []
         for request in requests:
@@ -246,9 +284,13 @@ class Drafting:
             contexts.append(_draft_context(request, known, budget=1, depth=1))
         try:
             if contexts:
-                self._drafter.observe(contexts)
+                self._observer.observe(contexts)
         except Exception as exc:  # noqa: BLE001 - as in propose
             self._give_up(exc)
+
+    def drop(self, request_id: int) -> None:
+        """Forget what the drafter keeps of a request; it comes back with all its tokens."""
+        self._drafter.release(request_id)
 
     def release(self, request_id: int) -> None:
         """Forget a request."""

@@ -6,10 +6,11 @@ Prefill chunks ride in the same forward as the rounds of requests that decode al
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import TypeAlias
 
-import numpy as np
 import torch
 
 from dspark.active import ActiveRequest, Phase
@@ -18,35 +19,48 @@ from dspark.draft.base import Drafter
 from dspark.errors import DsparkError
 from dspark.payoff import RoundCosts, StepSeconds
 from dspark.request import TokenLogprob
-from dspark.round_draft import Drafted, Drafting, slot_of
+from dspark.round_draft import NOTHING, Drafted, Drafting, slot_of
 from dspark.round_limits import RoundLimits
 from dspark.round_log import round_stats
 from dspark.target import BatchPart, Target, TargetOutput, TokenBatch
 from dspark.tree import Proposal
 from dspark.tree_build import verify_part
+from dspark.verify.sampling import has_history
 from dspark.verify.scheduler import Scheduler
 from dspark.verify.scheduler_drift import Outcome
 from dspark.verify.scheduler_setting import Schedule
 from dspark.verify.verifier import Verdict, VerifyJob, verify
 
-__all__ = ["RoundLimits", "RoundRunner"]
+__all__ = ["MakeRoom", "RoundLimits", "RoundRunner"]
 
 
-@dataclass(slots=True)
+MakeRoom: TypeAlias = Callable[[ActiveRequest, int], bool]
+"""Reserves rows for a request; False if it takes no part in the round."""
+
+
+@dataclass(eq=False, slots=True)
 class _Part:
-    """What one request contributes to a forward."""
+    """What one request contributes to a forward.
+
+    Attributes:
+        request: The request.
+        part: Its rows.
+        proposal: The tree among them.
+        offered: Nodes that the drafter offered.
+        is_prefill: It runs prompt tokens, or tokens again that it had to give up.
+        ends_prefill: These are the last of them.
+        wants_verdict: The rows yield tokens.
+        needs_scrub: Rows of it are not finite.
+    """
 
     request: ActiveRequest
-    proposal: Proposal
     part: BatchPart
-    is_prefill: bool
-    ends_prefill: bool = False
+    proposal: Proposal
     offered: int = 0
+    is_prefill: bool = False
+    ends_prefill: bool = False
+    wants_verdict: bool = True
     needs_scrub: bool = False
-
-    @property
-    def wants_verdict(self) -> bool:
-        return not self.is_prefill or self.ends_prefill
 
 
 class RoundRunner:
@@ -79,23 +93,26 @@ class RoundRunner:
         scheduler = Scheduler(schedule)
         self._drafting = Drafting(target, cache, drafter, limits, scheduler, self._costs)
 
-    def run(self, requests: Sequence[ActiveRequest]) -> None:
+    def run(self, requests: Sequence[ActiveRequest], make_room: MakeRoom) -> int:
         """Run one forward over all requests and commit what it accepted.
 
         Args:
-            requests: Requests in prefill or decoding, each with an open slot.
+            requests: Requests in prefill or decoding, each with an open slot, in order.
+            make_room: Reserves rows for a request; False if it takes no part in the round.
+
+        Returns:
+            Rows of the forward; 0 if there was none.
         """
         start = time.perf_counter()
-        decoding = [r for r in requests if r.phase is Phase.DECODE]
-        prefill = self._prefill_parts(requests)
+        decoding, budgets, prefill = self._make_room(requests, make_room)
         load = self._drafting.load(decoding, sum(len(part.part.token_ids) for part in prefill))
         propose_at = time.perf_counter()
-        proposals = self._drafting.propose(decoding, load)
+        proposals = self._drafting.propose(decoding, budgets, load)
         drafted_at = time.perf_counter()
         parts = self._decode_parts(decoding, self._drafting.cut(decoding, proposals, load))
-        parts = [part for part in parts + prefill if self._reserve(part)]
+        parts += prefill
         if not parts:
-            return
+            return 0
         batch = TokenBatch.build([part.part for part in parts])
         forward_at = time.perf_counter()
         output = self._target.forward(batch, self._cache, capture=self._drafting.capture)
@@ -103,81 +120,87 @@ class RoundRunner:
             torch.accelerator.synchronize(output.logits.device)
         forward_end = time.perf_counter()
         self._settle(parts, output)
-        self._drafting.finish(requests)
+        self._drafting.finish([part.request for part in parts])
         end = time.perf_counter()
         draft, forward = drafted_at - propose_at, forward_end - forward_at
         self._account(parts, draft=draft, forward=forward, rest=end - start - draft - forward)
+        return batch.num_rows
 
     def release(self, request_id: int) -> None:
         """Forget a request that is done; unknown ids are ignored."""
         self._drafting.release(request_id)
 
+    def drop(self, request_id: int) -> None:
+        """Forget what the drafter keeps of a request that will go on later."""
+        self._drafting.drop(request_id)
+
     # -- the batch ----------------------------------------------------------------------------
+
+    def _make_room(
+        self, requests: Sequence[ActiveRequest], make_room: MakeRoom
+    ) -> tuple[list[ActiveRequest], list[int], list[_Part]]:
+        """Find out who takes part: requests that decode with their budgets, and prompt chunks.
+
+        Room is made before anything is drafted, for all that may be drafted. A preemption that
+        depended on drawn tokens would bend the law under rules that draw from laws.
+        """
+        decoding: list[ActiveRequest] = []
+        budgets: list[int] = []
+        prefill: list[_Part] = []
+        count = sum(request.phase is Phase.DECODE for request in requests)
+        room = self._limits.prefill_chunk
+        for request in tuple(requests):  # those at its end may be sent away meanwhile
+            if request.phase is Phase.DECODE:
+                budget = self._drafting.budget(request, count)
+                if make_room(request, budget + 1):
+                    decoding.append(request)
+                    budgets.append(budget)
+            elif request.phase is Phase.PREFILL and room > 0:
+                done = self._cache.length(slot_of(request))
+                stop = min(done + room, _stop_of(request, done))
+                if make_room(request, stop - done):
+                    prefill.append(_prefill_part(request, done, stop))
+                    room -= stop - done
+        return decoding, budgets, prefill
 
     def _decode_parts(
         self, decoding: Sequence[ActiveRequest], drafts: dict[int, Drafted]
     ) -> list[_Part]:
         parts = []
-        nothing = Drafted(Proposal.empty(), 0)
         for request in decoding:
-            draft = drafts.get(request.request_id, nothing)
-            tree, position = draft.proposal.tree, len(request.tokens) - 1
-            part = verify_part(slot_of(request), request.tokens[-1], position, tree)
-            made = _Part(request, draft.proposal, part, is_prefill=False, offered=draft.offered)
-            parts.append(made)
+            draft = drafts.get(request.request_id, NOTHING)
+            tokens, tree = request.tokens, draft.proposal.tree
+            rows = verify_part(slot_of(request), tokens[-1], len(tokens) - 1, tree)
+            parts.append(_Part(request, rows, draft.proposal, offered=draft.offered))
         return parts
-
-    def _prefill_parts(self, requests: Sequence[ActiveRequest]) -> list[_Part]:
-        room = self._limits.prefill_chunk
-        parts = []
-        for request in requests:
-            if request.phase is not Phase.PREFILL or room <= 0:
-                continue
-            done = self._cache.length(slot_of(request))
-            chunk = request.prompt[done : done + room]
-            ends = done + len(chunk) == len(request.prompt)
-            part = BatchPart.chain(slot_of(request), chunk, done, want_last=ends)
-            parts.append(_Part(request, Proposal.empty(), part, is_prefill=True, ends_prefill=ends))
-            room -= len(chunk)
-        return parts
-
-    def _reserve(self, part: _Part) -> bool:
-        try:
-            self._cache.reserve(slot_of(part.request), len(part.part.token_ids))
-        except DsparkError as exc:
-            part.request.fail(exc.message, exc.hint)
-            return False
-        return True
 
     # -- after the forward --------------------------------------------------------------------
 
     def _settle(self, parts: Sequence[_Part], output: TargetOutput) -> None:
         judged = [part for part in parts if part.wants_verdict]
-        starts = np.cumsum([0, *(len(part.part.output_rows) for part in judged)])
-        jobs = [self._job(part, int(row)) for part, row in zip(judged, starts, strict=False)]
-        verdicts = iter(self._verify(output.logits, jobs, judged))
+        starts = [0, *accumulate(len(part.part.output_rows) for part in judged)]
+        jobs = [self._job(part, row) for part, row in zip(judged, starts, strict=False)]
+        verdicts = zip(self._verify(output.logits, jobs, judged), starts, strict=False)
         row = 0
         for part in parts:
             first_row, row = row, row + len(part.part.token_ids)
-            if part.request.phase is Phase.DONE:  # its logits could not be used
-                if part.wants_verdict:
-                    next(verdicts)
+            request = part.request
+            verdict, start = next(verdicts) if part.wants_verdict else (None, 0)
+            if request.phase is Phase.DONE:  # its logits could not be used
                 continue
-            if not part.wants_verdict:
+            if verdict is None or part.is_prefill:
                 self._commit(part, range(len(part.part.token_ids)), output, first_row)
-                continue
-            verdict = next(verdicts)
-            if part.is_prefill:
-                self._commit(part, range(len(part.part.token_ids)), output, first_row)
-                part.request.phase = Phase.DECODE
             else:
                 kept = [0, *(1 + node for node in verdict.path)]
                 self._commit(part, kept, output, first_row)
-            start = int(starts[judged.index(part)])
-            self._append(part, verdict, output.logits, start)
+            if part.ends_prefill:
+                request.phase = Phase.DECODE
+            if verdict is not None:
+                self._append(part, verdict, output.logits, start)
 
     def _job(self, part: _Part, start: int) -> VerifyJob:
         request = part.request
+        looks_back = has_history(request.params, request.bad_words)
         return VerifyJob(
             proposal=part.proposal,
             start=start,
@@ -188,7 +211,7 @@ class RoundRunner:
             # The prefill's draw is round 0, so that no noise is used twice.
             round=0 if part.is_prefill else request.rounds + 1,
             prompt=request.prompt,
-            output=request.generated,
+            output=request.generated if looks_back else (),
             bad_words=request.bad_words,
         )
 
@@ -231,11 +254,12 @@ class RoundRunner:
     def _append(self, part: _Part, verdict: Verdict, logits: torch.Tensor, start: int) -> None:
         request, tree = part.request, part.proposal.tree
         tokens = [int(tree.token[node]) for node in verdict.path] + [verdict.closing]
-        rows = [start, *(start + 1 + node for node in verdict.path)]
+        count = request.params.logprobs
         before = request.num_generated
         for i, token in enumerate(tokens):
-            if request.params.logprobs is not None:
-                request.logprobs.append(_logprob(logits[rows[i]], token, request.params.logprobs))
+            if count is not None:
+                row = start if i == 0 else start + 1 + verdict.path[i - 1]
+                request.logprobs.append(_logprob(logits[row], token, count))
             goes_on = request.append(
                 token,
                 is_drafted=i < len(verdict.path),
@@ -263,12 +287,15 @@ class RoundRunner:
         stats.verified += tree.num_nodes
         stats.accepted += accepted
         stats.committed += committed
-        for depth in range(tree.max_depth):
-            if len(stats.verified_at_depth) <= depth:
-                stats.verified_at_depth.append(0)
-                stats.accepted_at_depth.append(0)
+        deepest = tree.max_depth
+        if deepest > len(stats.verified_at_depth):
+            more = [0] * (deepest - len(stats.verified_at_depth))
+            stats.verified_at_depth += more
+            stats.accepted_at_depth += more
+        for depth in range(deepest):
             stats.verified_at_depth[depth] += 1
-            stats.accepted_at_depth[depth] += depth < accepted
+        for depth in range(min(accepted, deepest)):
+            stats.accepted_at_depth[depth] += 1
         if self._limits.keep_rounds:
             entry = round_stats(
                 tree, verdict, offered=part.offered, accepted=accepted, committed=committed
@@ -316,6 +343,28 @@ class RoundRunner:
                 extra = draft + float(each) * part.proposal.tree.num_nodes
                 committed = part.request.stats.committed - part.request.committed_before
                 part.request.switch.drafted(committed, extra, float(seconds[0]) / count)
+
+
+def _stop_of(request: ActiveRequest, done: int) -> int:
+    """Where the prefill of a request that has run `done` tokens may go to in one forward."""
+    last = len(request.prompt) - 1
+    # Others that have the same prompt take over the state before its last token.
+    return last if request.is_awaited and done < last else request.num_prefill
+
+
+def _prefill_part(request: ActiveRequest, done: int, stop: int) -> _Part:
+    """Tokens done .. stop - 1 of a request's prefill."""
+    ends = stop == request.num_prefill
+    wants = ends and request.num_generated == 0
+    part = BatchPart.chain(slot_of(request), request.tokens[done:stop], done, want_last=wants)
+    return _Part(
+        request,
+        part,
+        NOTHING.proposal,
+        is_prefill=True,
+        ends_prefill=ends,
+        wants_verdict=wants,
+    )
 
 
 def _logprob(logits: torch.Tensor, token: int, count: int) -> TokenLogprob:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
@@ -93,31 +94,39 @@ class TokenBatch:
         Raises:
             ShapeError: If a part is empty or its arrays differ in length.
         """
-        tokens, positions, parents, spans, outputs = [], [], [], [], []
-        start = 0
-        for part in parts:
-            n = len(part.token_ids)
+        sizes = [len(part.token_ids) for part in parts]
+        for part, n in zip(parts, sizes, strict=True):
             if n == 0 or len(part.parent) != n or len(part.positions) != n:
                 raise ShapeError(
                     f"a batch part of slot {part.slot} has {n} tokens, {len(part.positions)} "
                     f"positions and {len(part.parent)} parents, but needs equal lengths >= 1."
                 )
-            local = np.asarray(part.parent, dtype=np.int64)
-            tokens.append(np.asarray(part.token_ids, dtype=np.int64))
-            positions.append(np.asarray(part.positions, dtype=np.int64))
-            parents.append(np.where(local < 0, -1, local + start))
-            is_chain = bool(np.array_equal(local, np.arange(-1, n - 1)))
-            spans.append(RowSpan(part.slot, start, start + n, is_chain))
-            outputs.append(np.asarray(part.output_rows, dtype=np.int64) + start)
-            start += n
-        empty = np.zeros(0, dtype=np.int64)
+        ends = list(accumulate(sizes))
+        starts = np.array([0, *ends[:-1]], dtype=np.int64)[: len(parts)]
+        local = _joined([part.parent for part in parts])
+        first = starts.repeat(sizes) if len(parts) > 1 else np.zeros(1, dtype=np.int64)
+        parent = local + first
+        parent[local < 0] = -1
+        # In a chain every row follows the one before it; only the first follows the context.
+        follows = local == np.arange(-1, len(local) - 1) - first
+        chains = np.logical_and.reduceat(follows, starts).tolist() if parts else []
+        shift = starts.repeat([len(part.output_rows) for part in parts])
         return TokenBatch(
-            np.concatenate(tokens) if tokens else empty,
-            np.concatenate(positions) if positions else empty,
-            np.concatenate(parents) if parents else empty,
-            tuple(spans),
-            np.concatenate(outputs) if outputs else empty,
+            _joined([part.token_ids for part in parts]),
+            _joined([part.positions for part in parts]),
+            parent,
+            tuple(
+                RowSpan(part.slot, end - n, end, is_chain)
+                for part, n, end, is_chain in zip(parts, sizes, ends, chains, strict=True)
+            ),
+            _joined([part.output_rows for part in parts]) + shift,
         )
+
+
+def _joined(vectors: Sequence[Sequence[int] | IntArray]) -> IntArray:
+    """Vectors end to end, int64."""
+    arrays = [np.asarray(vector, dtype=np.int64) for vector in vectors]
+    return np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,7 +152,7 @@ class DraftTree:
     @property
     def max_depth(self) -> int:
         """Length of the longest path, 0 for the empty tree."""
-        return int(self.depth.max()) if len(self.depth) else 0
+        return int(max(self.depth.tolist(), default=0))
 
     @property
     def is_chain(self) -> bool:

@@ -28,6 +28,7 @@ from dspark.verify import noise
 from dspark.verify.scheduler import Offer, Scheduler
 from dspark.verify.scheduler_setting import Schedule
 from tests.eval.toys import VOCAB, ToyTarget, toy_pair
+from tests.paged_toy import PagedTarget
 
 TOKENS = 4  # the first of them comes from prefill
 ALPHA = 1e-4
@@ -163,6 +164,22 @@ def test_appendix_a_in_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert p_value([result.token_ids for result in results]) < ALPHA
     second = [result.token_ids[1] for result in results]
     assert abs(second.count(0) / 300 - 0.85) < 4 * np.sqrt(0.85 * 0.15 / 300)
+
+
+@pytest.mark.parametrize("rule", ["rejection", "block"])
+def test_the_law_stays_where_memory_runs_out(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has to give way hangs on how many tokens were accepted, but on none yet to be drawn."""
+    monkeypatch.setattr("dspark.intake._HEADROOM_TOKENS", 0)
+    batch = 20
+    limits = dspark.RoundLimits(max_rows=1 << 12, tree_budget=4, depth=2)
+    config = dspark.EngineConfig(
+        step_seconds=line(batch), max_batch=batch, limits=limits, auto_off=False, memory_limit=44
+    )
+    drafter = Confident(2 if rule == "rejection" else 1)
+    own = dspark.Engine(PagedTarget(TARGET.table), drafter=drafter, config=config)
+    results = sampled(own, 480, replace(PARAMS, rule=rule))
+    assert p_value([result.token_ids for result in results]) > ALPHA
+    assert own.stats.preemptions > 20
 
 
 @pytest.mark.slow  # many thousand samples

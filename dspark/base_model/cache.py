@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from dspark.base_model.config import CSA_RATIO, V4Config
-from dspark.base_model.pool import IntArray, RowPool
-from dspark.cache import CacheFullError, CacheUsage
+from dspark.base_model.pool import IntArray, Pools, RowPool, Want
+from dspark.cache import CacheUsage
 from dspark.errors import ShapeError
 from dspark.target import RowSpan, TokenBatch
 
@@ -127,7 +127,8 @@ class V4Cache:
         devices: The layers it is for, each with its device.
         dtype: Element type of rows and entries.
         wide: Element type of raw rows.
-        memory_limit: Bytes that may be in use, or None.
+        memory_limit: Bytes of rows that may be allocated, or None. While a pool grows, one part of
+            it exists twice for a moment.
     """
 
     def __init__(
@@ -159,6 +160,11 @@ class V4Cache:
             )
             for ratio in sorted({config.ratio(layer) for layer in devices} - {0})
         }
+        lanes = self.lanes.values()
+        self._pools = Pools(
+            [self.window, *(pool for lane in lanes for pool in (lane.entries, lane.raw))],
+            limit=memory_limit,
+        )
 
     # -- the Cache protocol -------------------------------------------------------------------
 
@@ -169,10 +175,15 @@ class V4Cache:
         prompt (a chat's next turn). An earlier point of it is gone from the rings.
         """
         donor = self._best_donor(tokens)
-        slot, self._next_slot = self._next_slot, self._next_slot + 1
-        state = SlotState(self.window.allocate(1), {})
+        state = self._new_state()
+        wanted: list[Want] = [(self.window, state.window, 1)]
         for ratio, lane in self.lanes.items():
-            state.lanes[ratio] = LaneState(ring=lane.raw.allocate(1))
+            of = state.lanes[ratio]
+            wanted.append((lane.raw, of.ring, 1))
+            if donor is not None and donor.length // ratio % lane.entries.page_rows:
+                wanted.append((lane.entries, of.pages, 1))  # a page in progress is copied
+        self._take(wanted, spared=donor)
+        slot, self._next_slot = self._next_slot, self._next_slot + 1
         self._slots[slot] = state
         if donor is not None:
             self._copy(donor, state)
@@ -181,18 +192,7 @@ class V4Cache:
     def reserve(self, slot: int, rows: int) -> None:
         """Make room; see `dspark.cache.Cache.reserve`."""
         state = self._slots[slot]
-        wanted = [item for item in self._missing(state, rows) if item[2] > 0]
-        needed = sum(pool.page_bytes * pages for pool, _, pages in wanted)
-        while self._limit is not None and self._bytes() + needed > self._limit and self._kept:
-            self._drop(self._kept.pop(next(iter(self._kept))))
-        if self._limit is not None and self._bytes() + needed > self._limit:
-            raise CacheFullError(
-                f"the cache needs {needed / 2**20:.1f} MiB more, but holds "
-                f"{self._bytes() / 2**20:.1f} MiB of its limit of {self._limit / 2**20:.1f} MiB.",
-                hint="shorten the prompt, lower max_tokens or raise the memory limit",
-            )
-        for pool, pages, count in wanted:
-            pages.extend(pool.allocate(count))
+        self._take([item for item in self._missing(state, rows) if item[2] > 0])
         state.room = max(state.room, state.length + rows)
 
     def commit(self, slot: int, path: Sequence[int]) -> None:
@@ -239,20 +239,29 @@ class V4Cache:
         """Nothing to do: a row that was not committed is never read (`pool.ZERO_ROW`)."""
 
     def forget_kept(self) -> None:
-        """Give back the memory of released requests."""
+        """Give back the memory of released requests, and what lies idle."""
         for state in self._kept.values():
             self._drop(state)
         self._kept.clear()
+        self._pools.compact(self._lists)
 
     def usage(self) -> CacheUsage:
         """Memory in use."""
         return CacheUsage(
-            pages=sum(pool.pages_used for pool in self._pools()),
+            pages=self._pools.pages_used,
             page_tokens=_PAGE_TOKENS,
-            bytes=self._bytes(),
+            bytes=self._pools.bytes_held,
             limit=self._limit,
             slots=len(self._slots),
         )
+
+    def request_bytes(self, rows: int) -> int:
+        """Bytes that a slot takes at the most; see `dspark.cache.PricesRequests`."""
+        rings = [self.window, *(lane.raw for lane in self.lanes.values())]
+        total = sum(pool.page_bytes for pool in rings)
+        for pool, _, pages in self._missing(self._new_state(), rows):
+            total += pool.page_bytes * max(0, pages)
+        return total
 
     def page_bytes(self) -> int:
         """Bytes that 256 more tokens of a long context take."""
@@ -287,11 +296,11 @@ class V4Cache:
             if state.length + count > state.room:
                 raise ShapeError(f"slot {span.slot} has no room for {count} rows: reserve them.")
             state.pending = self._pending(batch, span)
-            _stretch(self.window, state.stage, count)
+            self._stretch(self.window, state.stage, count)
             for ratio, lane in self.lanes.items():
                 of = state.lanes[ratio]
-                _stretch(lane.raw, of.raw_stage, count)
-                _stretch(lane.entries, of.entry_stage, len(state.pending.closing[ratio]))
+                self._stretch(lane.raw, of.raw_stage, count)
+                self._stretch(lane.entries, of.entry_stage, len(state.pending.closing[ratio]))
 
     # -- inside -------------------------------------------------------------------------------
 
@@ -305,7 +314,42 @@ class V4Cache:
             closing={m: np.flatnonzero(after % m == 0).tolist() for m in self.lanes},
         )
 
-    def _missing(self, state: SlotState, rows: int) -> Iterator[tuple[RowPool, list[int], int]]:
+    def _new_state(self) -> SlotState:
+        return SlotState([], {ratio: LaneState() for ratio in self.lanes})
+
+    def _take(self, wanted: Sequence[Want], spared: SlotState | None = None) -> None:
+        """Put pages into lists; released requests but `spared` make room for it."""
+
+        def drop() -> bool:
+            oldest = next((n for n, state in self._kept.items() if state is not spared), None)
+            if oldest is not None:
+                self._drop(self._kept.pop(oldest))
+            return oldest is not None
+
+        self._pools.take(wanted, self._lists, drop)
+
+    def _lists(self) -> Iterator[tuple[RowPool, list[int]]]:
+        """Every list of pages there is, with its pool."""
+        for state in [*self._slots.values(), *self._kept.values()]:
+            yield self.window, state.window
+            yield self.window, state.stage
+            for ratio, lane in self.lanes.items():
+                of = state.lanes[ratio]
+                yield lane.entries, of.pages
+                yield lane.entries, of.entry_stage
+                yield lane.raw, of.ring
+                yield lane.raw, of.raw_stage
+
+    def _stretch(self, pool: RowPool, pages: list[int], rows: int) -> None:
+        """Add pages to a list until it has room for `rows` rows.
+
+        Only a chunk beyond `_CHUNK_ROWS` lacks any, and takes them whatever the limit is.
+        """
+        missing = pool.pages_for(rows) - len(pages)
+        if missing > 0:
+            pages.extend(pool.allocate(missing, spare=None if self._limit is None else 0))
+
+    def _missing(self, state: SlotState, rows: int) -> Iterator[Want]:
         """Pools, page lists, and how many pages these lack for `rows` more rows."""
         staged = min(rows, _CHUNK_ROWS)  # of one forward; a request's rows come in many
         yield self.window, state.stage, self.window.pages_for(staged) - len(state.stage)
@@ -340,14 +384,12 @@ class V4Cache:
         for ratio, lane in self.lanes.items():
             given, of, entries = donor.lanes[ratio], state.lanes[ratio], lane.entries
             lane.raw.move(lane.raw.rows_of(given.ring), lane.raw.rows_of(of.ring))
-            count = donor.length // ratio
-            full = count // entries.page_rows
-            of.pages = given.pages[:full]
-            entries.share(of.pages)
-            if count > full * entries.page_rows:
-                own = entries.allocate(1)
+            full = donor.length // ratio // entries.page_rows
+            own = of.pages  # for the entries after the full pages, if there are any
+            entries.share(given.pages[:full])
+            if own:
                 entries.move(entries.rows_of(given.pages[full : full + 1]), entries.rows_of(own))
-                of.pages = [*of.pages, *own]
+            of.pages = [*given.pages[:full], *own]
         state.tokens = list(donor.tokens)
 
     def _drop(self, state: SlotState) -> None:
@@ -356,13 +398,6 @@ class V4Cache:
             of = state.lanes[ratio]
             lane.raw.release([*of.ring, *of.raw_stage])
             lane.entries.release([*of.pages, *of.entry_stage])
-
-    def _pools(self) -> list[RowPool]:
-        lanes = self.lanes.values()
-        return [self.window, *(p for lane in lanes for p in (lane.entries, lane.raw))]
-
-    def _bytes(self) -> int:
-        return sum(pool.bytes_used for pool in self._pools())
 
 
 def _make_lane(
@@ -384,13 +419,6 @@ def _make_lane(
         entries=RowPool(layers, widths=widths, page_rows=_ENTRY_PAGE, dtype=dtypes[0]),
         raw=RowPool(layers, widths=raw, page_rows=reach, dtype=dtypes[1]),
     )
-
-
-def _stretch(pool: RowPool, pages: list[int], rows: int) -> None:
-    """Add pages to a list until it has room for `rows` rows."""
-    missing = pool.pages_for(rows) - len(pages)
-    if missing > 0:
-        pages.extend(pool.allocate(missing))
 
 
 def _cut(pool: RowPool, pages: list[int], rows: int) -> None:

@@ -75,6 +75,7 @@ def chat(  # noqa: PLR0913 - one parameter per option is how Typer works
         expert_memory=expert_memory,
         think=think,
         effort=effort,
+        has_costs=True,
     )
     if engine.codec is None or not engine.codec.has_chat_template:
         raise CapabilityError(

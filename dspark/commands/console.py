@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dspark.engine import Engine
+    from dspark.loading import StepCosts
     from dspark.request import GenerationResult, RequestStats
 
 __all__ = [
@@ -42,8 +44,9 @@ DraftOption: TypeAlias = Annotated[
     str,
     typer.Option(
         "--draft",
-        help="auto (the checkpoint's own draft, else lookup), none, lookup, lookup:FILE, a model, "
-        "a draft module's folder, or one of these with +lookup.",
+        help="auto (the checkpoint's own draft, else one that comes with dspark, else lookup), "
+        "none, lookup, lookup:FILE, a model, a draft module's folder, or one of these with "
+        "+lookup.",
     ),
 ]
 DtypeOption: TypeAlias = Annotated[
@@ -128,8 +131,13 @@ def load_engine(  # noqa: PLR0913 - the options that commands share
     think: bool | None = None,
     effort: str | None = None,
     auto_off: bool = True,
+    has_costs: bool = False,
 ) -> Engine:
-    """Fetch (with a progress bar of its own), then load with a spinner."""
+    """Fetch (with a progress bar of its own), then load with a spinner.
+
+    With `has_costs` the engine knows what steps cost from a profile; one is measured if none is
+    kept.
+    """
     from dspark.models.resolve import resolve_model
 
     resolve_model(target)
@@ -147,7 +155,17 @@ def load_engine(  # noqa: PLR0913 - the options that commands share
             think=think,
             effort=effort,
             config=EngineConfig(auto_off=auto_off),
+            step_costs=_step_costs(console) if has_costs else None,
         )
+
+
+def _step_costs(console: Console) -> StepCosts:
+    """A kept profile or a quick one, with a note on a terminal when it is measured."""
+    from dspark.eval.profile_auto import kept_or_quick
+
+    if not console.is_terminal:
+        return kept_or_quick
+    return partial(kept_or_quick, note=partial(print_note, console))
 
 
 def read_text(path: str) -> str:

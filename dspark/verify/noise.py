@@ -319,8 +319,18 @@ def _states(keys: Sequence[NoiseKey], stream: Stream, *counters: Sequence[int]) 
     if any(len(c) != len(keys) for c in counters):
         lengths = [len(c) for c in counters]
         raise ShapeError(f"{len(keys)} noise keys came with counters of lengths {lengths}.")
-    rows = zip(keys, *counters, strict=True)
-    return [_state(key, stream, *map(int, row)) for key, *row in rows]
+    if not keys:
+        return []
+    known: dict[int, int] = {}  # rows of one request have one key object
+    for key in keys:
+        if id(key) not in known:
+            known[id(key)] = _stream_state(key, stream)
+    states = np.array([known[id(key)] for key in keys], dtype=np.uint64)
+    for counter in counters:  # as `_extend`, all rows at once
+        states ^= _token_words(np.array(counter, dtype=np.int64))
+        _mix_array(states)
+    values: list[int] = states.tolist()
+    return values
 
 
 def _tensors(like: Tensor, found: tuple[IntArray, FloatArray]) -> tuple[Tensor, Tensor]:

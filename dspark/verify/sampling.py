@@ -80,6 +80,10 @@ def has_history(params: SamplingParams, bad_words: TokenSequences = ()) -> bool:
     )
 
 
+def _edits(params: SamplingParams) -> bool:
+    return bool(params.logit_bias) or has_history(params)
+
+
 def _scales(params: SamplingParams) -> bool:
     return params.temperature not in (0, 1)
 
@@ -125,12 +129,9 @@ def shape_logits(
                 f"the largest logit of row {r} is {top}, but must be finite.",
                 hint="the model's weights or activations overflow; try float32",
             )
-    edits = [
-        r
-        for r, p in enumerate(params)
-        if p.logit_bias or has_history(p, bad_words[r] if bad_words else ())
-    ]
-    if not edits and not any(_scales(p) or _truncates(p) for p in params):
+    runs = list(_runs(params))
+    edits = _edited_rows(params, runs, bad_words)
+    if not edits and not any(_scales(params[r]) or _truncates(params[r]) for r, _ in runs):
         return shaped
     if shaped.data_ptr() == logits.data_ptr():
         shaped = shaped.clone()
@@ -141,10 +142,22 @@ def shape_logits(
             counts[id(history)] = _Counts(history)
         path = paths[r] if paths else ()
         _edit(shaped[r], params[r], counts[id(history)], path, bad_words[r] if bad_words else ())
-    for start, stop in _runs(params):
+    for start, stop in runs:
         if _scales(params[start]) or _truncates(params[start]):
             _scale_and_truncate(shaped[start:stop], params[start])
     return shaped
+
+
+def _edited_rows(
+    params: Sequence[SamplingParams],
+    runs: Sequence[tuple[int, int]],
+    bad_words: Sequence[TokenSequences] | None,
+) -> list[int]:
+    """Rows with a bias, a penalty or bad words."""
+    if bad_words is not None:
+        return [r for r, p in enumerate(params) if _edits(p) or bad_words[r]]
+    edited = [run for run in runs if _edits(params[run[0]])]
+    return [r for start, stop in edited for r in range(start, stop)]
 
 
 def _check_rows(logits: Tensor, *per_row: Sequence[object] | None) -> None:

@@ -120,13 +120,17 @@ class Drift:
         """
         if not self._is_active:
             return survival
-        rows = [self._row(owner) if is_drawn else _SHARED for owner, is_drawn in owners]
-        owner_of = np.repeat(np.arange(len(trees)), start[1:] - start[:-1])
-        depth = np.concatenate([tree.depth for tree in trees])
-        factors = self._factors[np.array(rows)[owner_of], np.minimum(depth, _DEPTHS)]
-        parent = np.concatenate([tree.parent for tree in trees])
-        parent = np.where(parent < 0, len(survival), parent + start[owner_of])
-        return _held(survival * factors, parent, int(depth.max()))
+        values = survival.tolist()
+        corrected: list[float] = []
+        for (owner, is_drawn), tree, first in zip(owners, trees, start.tolist(), strict=False):
+            row = self._row(owner) if is_drawn else _SHARED  # which may make the array grow
+            factors = self._factors[row].tolist()
+            nodes = zip(tree.depth.tolist(), tree.parent.tolist(), strict=True)
+            for node, (depth, parent) in enumerate(nodes, start=first):
+                value = values[node] * factors[min(depth, _DEPTHS)]
+                above = 1.0 if parent < 0 else corrected[first + parent]
+                corrected.append(min(value, above))
+        return np.array(corrected)
 
     # -- inside -------------------------------------------------------------------------------
 
@@ -150,72 +154,52 @@ class Drift:
 
     def _add(self, rows: Sequence[int], outcomes: Sequence[Outcome]) -> None:
         """Count each outcome to its row."""
-        row = np.array(rows)
-        sizes = np.array([len(outcome.tree.token) for outcome in outcomes])
-        is_seen = sizes > 0
-        times = np.bincount(row[is_seen], minlength=len(self._fade))
-        touched = np.array(sorted(set(rows)))
-        left = np.where(times > 0, self._fade**times, _FORGET)[touched, None]
-        self._accepted[touched] *= left
-        self._predicted[touched] *= left
-        if is_seen.any():
-            depth = np.minimum(np.concatenate([o.tree.depth for o in outcomes]), _DEPTHS)
-            survival = np.concatenate([o.tree.survival for o in outcomes])
-            self._predicted += self._counted(np.repeat(row, sizes), depth, survival)
-            length = np.array([outcome.accepted for outcome in outcomes])
-            reached = self._counted(row, np.minimum(length, _DEPTHS), is_seen.astype(np.float64))
-            self._accepted += reached[:, ::-1].cumsum(axis=1)[:, ::-1]
-            deeper = np.maximum(length - _DEPTHS, 0)
-            self._accepted[:, -1] += np.bincount(row, weights=deeper, minlength=len(self._fade))
-        self._update(touched)
+        # Plain numbers: a round has a handful of trees, of which numpy would see one at a time.
+        of_row: dict[int, list[Outcome]] = {}
+        for row, outcome in zip(rows, outcomes, strict=True):
+            of_row.setdefault(row, []).append(outcome)
+        for row, own in of_row.items():
+            times = sum(len(outcome.tree.token) > 0 for outcome in own)
+            left = float(self._fade[row]) ** times if times else _FORGET
+            predicted, accepted = [0.0] * _SIZE, [0.0] * _SIZE
+            for outcome in own:
+                tree = outcome.tree
+                for depth, value in zip(tree.depth.tolist(), tree.survival.tolist(), strict=True):
+                    predicted[min(depth, _DEPTHS)] += value
+                if len(tree.token):
+                    for depth in range(min(outcome.accepted, _DEPTHS) + 1):
+                        accepted[depth] += 1.0
+                    accepted[-1] += max(outcome.accepted - _DEPTHS, 0)
+            self._predicted[row] = self._predicted[row] * left + predicted
+            self._accepted[row] = self._accepted[row] * left + accepted
+            self._update(row)
 
-    def _counted(self, row: IntArray, depth: IntArray, weight: FloatArray) -> FloatArray:
-        """Sum of weights by row and depth."""
-        flat = np.bincount(row * _SIZE + depth, weights=weight, minlength=self._accepted.size)
-        return flat.reshape(-1, _SIZE).astype(np.float64, copy=False)
-
-    def _update(self, rows: IntArray) -> None:
-        """Work the factors of these rows out again."""
-        accepted, predicted = self._accepted[rows], self._predicted[rows]
-        seen = np.flatnonzero((predicted > 1e-3).any(axis=0))
-        deepest = int(seen[-1]) if len(seen) else 0
-        factors = np.ones((len(rows), _SIZE))
+    def _update(self, row: int) -> None:
+        """Work the factors of a row out again."""
+        accepted, predicted = self._accepted[row].tolist(), self._predicted[row].tolist()
+        deepest = _DEPTHS
+        while deepest and predicted[deepest] <= 1e-3:
+            deepest -= 1
+        factors = [1.0]
         for depth in range(1, deepest + 1):
-            above = _TRUST * factors[:, depth - 1]
-            factors[:, depth] = (accepted[:, depth] + above) / (predicted[:, depth] + _TRUST)
-        factors[:, deepest + 1 :] = factors[:, deepest, None]
-        for row in set(rows.tolist()) & {_SHARED, _LOGGED}:
-            self._tell(row, factors[rows == row][0, : deepest + 1])
-        factors[np.abs(factors - 1) <= _TOLERANCE] = 1.0
-        self._factors[rows] = factors
+            above = _TRUST * factors[-1]
+            factors.append((accepted[depth] + above) / (predicted[depth] + _TRUST))
+        if row in (_SHARED, _LOGGED):
+            self._tell(row, factors)
+        factors = [1.0 if abs(factor - 1) <= _TOLERANCE else factor for factor in factors]
+        self._factors[row] = factors + [factors[-1]] * (_SIZE - len(factors))
 
-    def _tell(self, row: int, factors: FloatArray) -> None:
+    def _tell(self, row: int, factors: Sequence[float]) -> None:
         """Log factors that moved far since they were last told."""
-        change = factors / self._told[row, : len(factors)]
-        for depth in np.flatnonzero((change > _TELL) | (change < 1 / _TELL)).tolist():
-            self._told[row, depth] = factors[depth]
+        told = self._told[row].tolist()
+        for depth, factor in enumerate(factors):
+            if 1 / _TELL <= factor / told[depth] <= _TELL:
+                continue
+            self._told[row, depth] = factor
             logger.info(
                 "%s: tokens drafted at depth %d are accepted %.2f times as often as their survival "
                 "says; the scheduler goes by that",
                 _NAMES[row],
                 depth,
-                factors[depth],
+                factor,
             )
-
-
-def _held(values: FloatArray, parent: IntArray, depth: int) -> FloatArray:
-    """The least value on the way from an anchor, whose value is 1, to each node.
-
-    Args:
-        values: float64 [N].
-        parent: int64 [N], N for the anchor.
-        depth: Of the deepest node.
-    """
-    held = np.append(values, 1.0)
-    above = np.append(parent, len(values))
-    reach = 1
-    while reach <= depth:  # held covers `reach` nodes up from each, `above` is the one after these
-        np.minimum(held, held[above], out=held)
-        above = above[above]
-        reach *= 2
-    return held[:-1]

@@ -41,6 +41,11 @@ class Schedule:
     kind: ScheduleKind = ScheduleKind.AUTO
     value: float = 0.0
 
+    @property
+    def asks_costs(self) -> bool:
+        """True if it goes by what a step costs."""
+        return self.kind not in (ScheduleKind.THRESHOLD, ScheduleKind.FIXED, ScheduleKind.OFF)
+
     @staticmethod
     def parse(text: str) -> Schedule:
         """Read "auto", "early-stop", "global", "async", "threshold:0.3", "fixed:8" or "off".

@@ -70,11 +70,10 @@ class VerifyJob:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name, value in (
-            ("start", self.start),
-            ("position", self.position),
-            ("round", self.round),
-        ):
+        if self.start >= 0 and self.position >= 0 and self.round >= 0:
+            return
+        for name in ("start", "position", "round"):
+            value = getattr(self, name)
             if value < 0:
                 raise ConfigError(f"{name} is {value}, but must be an integer >= 0.")
 
@@ -149,6 +148,7 @@ def _rows_of(logits: Tensor, jobs: Sequence[VerifyJob]) -> Tensor:
     """Bring the jobs' rows together, in job order; no copy if they are already."""
     total = logits.shape[0] if logits.ndim == 2 else 0
     wanted: list[int] = []
+    done, is_whole = 0, True
     for j, job in enumerate(jobs):
         stop = job.start + job.num_rows
         if stop > total:
@@ -156,21 +156,27 @@ def _rows_of(logits: Tensor, jobs: Sequence[VerifyJob]) -> Tensor:
                 f"job {j} needs rows {job.start} to {stop - 1}, but logits are "
                 f"{tuple(logits.shape)}."
             )
-        wanted.extend(range(job.start, stop))
-    if wanted == list(range(total)):
+        is_whole = is_whole and job.start == done
+        done = stop
+    if is_whole and done == total:
         return logits
+    for job in jobs:
+        wanted.extend(range(job.start, job.start + job.num_rows))
     return logits[torch.tensor(wanted, device=logits.device)]
 
 
 def _shape(logits: Tensor, jobs: Sequence[VerifyJob]) -> Tensor:
     """Shape the rows of all jobs in one call."""
     params: list[SamplingParams] = []
+    for job in jobs:
+        params += [job.params] * job.num_rows
+    if not any(has_history(job.params, job.bad_words) for job in jobs):
+        return shape_logits(logits, params)
     histories: list[History] = []
     paths: list[Sequence[int]] = []
     bad_words: list[Sequence[Sequence[int]]] = []
     for job in jobs:
         rows = job.num_rows
-        params += [job.params] * rows
         histories += [History(job.prompt, job.output)] * rows
         bad_words += [job.bad_words] * rows
         needs_paths = has_history(job.params, job.bad_words)

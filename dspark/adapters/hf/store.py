@@ -173,8 +173,10 @@ class StoreCache:
         if missing <= 0:
             return
         needed = -(-missing // PAGE_TOKENS)
-        # Later segments double the slot, so their number stays logarithmic in its length.
-        self._grow(state, max(needed, state.capacity // PAGE_TOKENS), least=needed)
+        # Later segments double the slot, so their number stays logarithmic in its length. Where
+        # memory is limited a quarter does, too, and leaves more of it to others.
+        more = state.capacity // PAGE_TOKENS // (1 if self._limit is None else 4)
+        self._grow(state, max(needed, more), least=needed)
 
     def commit(self, slot: int, path: Sequence[int]) -> None:
         """Keep these rows; see `dspark.cache.Cache.commit`."""
