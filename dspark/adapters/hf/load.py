@@ -226,6 +226,16 @@ def adapter_for(model_type: str) -> FamilyAdapter:
 
 
 def refuse_model(config: Any, adapter: FamilyAdapter, name: str) -> None:
+    """Refuse a model that an adapter cannot run with the promises of this package.
+
+    Args:
+        config: The model's.
+        adapter: Of its family.
+        name: For the message.
+
+    Raises:
+        CapabilityError: If it is one.
+    """
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or [])
     strange = sorted(kinds - {"full_attention", "sliding_attention", "attention"})
