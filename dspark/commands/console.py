@@ -14,6 +14,7 @@ from dspark.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress, ProgressColumn
 
     from dspark.engine import Engine
     from dspark.loading import StepCosts
@@ -35,6 +36,7 @@ __all__ = [
     "print_stats",
     "read_line",
     "stderr_console",
+    "time_left_bar",
 ]
 
 TargetOption: TypeAlias = Annotated[
@@ -116,6 +118,37 @@ def loading(console: Console, text: str) -> Iterator[None]:
             yield
     else:
         yield
+
+
+@contextmanager
+def time_left_bar(
+    console: Console, *, is_on: bool, counts: str | None = None
+) -> Iterator[Progress | None]:
+    """A bar with the time left on a terminal; None elsewhere.
+
+    Args:
+        console: The console.
+        is_on: Show it.
+        counts: What a step of the bar is, to show done and total and the time taken; the bar stays
+            then when it is done.
+    """
+    if not is_on or not console.is_terminal:
+        yield None
+        return
+    from rich import progress
+
+    columns: list[ProgressColumn] = [
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+    ]
+    if counts is not None:
+        columns += [
+            progress.TextColumn(f"{{task.completed:.0f}} of {{task.total:.0f}} {counts}"),
+            progress.TimeElapsedColumn(),
+        ]
+    columns += [progress.TextColumn("left"), progress.TimeRemainingColumn()]
+    with progress.Progress(*columns, console=console, transient=counts is None) as bar:
+        yield bar
 
 
 def load_engine(  # noqa: PLR0913 - the options that commands share

@@ -267,26 +267,10 @@ def _progress(
     console: Console, cells: Sequence[Configuration], *, is_on: bool
 ) -> Iterator[Reporter]:
     """A bar with the time left on a terminal; nothing elsewhere."""
-    if not is_on or not console.is_terminal:
-        yield lambda cell: None
-        return
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TextColumn("{task.completed:.0f} of {task.total:.0f} answers"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bar:
+    with ui.time_left_bar(console, is_on=is_on, counts="answers") as bar:
+        if bar is None:
+            yield lambda cell: None
+            return
         task = bar.add_task("", total=sum(cell.prompts.num_turns for cell in cells))
 
         def report(cell: Configuration) -> Callable[[float], None]:

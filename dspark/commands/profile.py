@@ -196,18 +196,10 @@ def _measure(
 @contextmanager
 def _progress(console: Console, *, is_on: bool) -> Iterator[Callable[[float, float], None] | None]:
     """A bar with the time left on a terminal; nothing elsewhere."""
-    if not is_on or not console.is_terminal:
-        yield None
-        return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
+    with ui.time_left_bar(console, is_on=is_on) as bar:
+        if bar is None:
+            yield None
+            return
         task = bar.add_task("measuring", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -317,18 +317,10 @@ def _run(console: Console, sweep: Sweep, *, is_quiet: bool) -> bool:
 @contextmanager
 def _progress(console: Console, *, is_on: bool) -> Iterator[Callable[[float, str], None] | None]:
     """A bar with the time left on a terminal; nothing elsewhere."""
-    if not is_on or not console.is_terminal:
-        yield None
-        return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
+    with ui.time_left_bar(console, is_on=is_on) as bar:
+        if bar is None:
+            yield None
+            return
         task = bar.add_task("", total=1.0)
         yield lambda share, name: bar.update(task, completed=share, description=name)
 
