@@ -51,7 +51,7 @@ class _Pane:
         stats = result.stats
         self.note = f"{len(result.token_ids)} tokens, {speed:.1f} tok/s"
         if stats.proposed:
-            self.note += f", {stats.accepted_length:.2f} tokens a round"
+            self.note += f", tau {stats.accepted_length:.2f}"
 
     def render(self) -> Panel:
         return Panel(self.text, title=self._title, subtitle=self.note, title_align="left")
