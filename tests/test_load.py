@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -14,11 +14,12 @@ import dspark
 from dspark import intake
 from dspark.active import ActiveRequest, Phase
 from dspark.admission import Admission
-from dspark.draft.base import Drafter
+from dspark.draft.base import DraftContext, Drafter
 from dspark.draft.combined import CombinedDrafter
 from dspark.draft.lookup import LookupDrafter
 from dspark.draft.model import ModelDrafter
 from dspark.request import FinishReason, SamplingParams
+from dspark.tree import Proposal
 from dspark.verify import noise
 from tests.draft import law_models, test_laws
 from tests.eval.toys import VOCAB, toy_pair
@@ -91,8 +92,30 @@ def test_a_preempted_requests_text_is_that_of_an_undisturbed_one(kind: str, samp
     check_empty(own)
 
 
+def check_hidden_states(drafter: Drafter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whenever the drafter is asked, it has had each position before the last token once."""
+    had: dict[int, int] = {}
+    propose, release = drafter.propose, drafter.release
+
+    def checked(contexts: Sequence[DraftContext]) -> list[Proposal]:
+        for context in contexts:
+            rows = next(iter((context.features or {}).values()), [])
+            had[context.request_id] = had.get(context.request_id, 0) + len(rows)
+            assert had[context.request_id] == len(context.tokens) - 1
+        return propose(contexts)
+
+    def forgets(request_id: int) -> None:
+        had.pop(request_id, None)
+        release(request_id)
+
+    monkeypatch.setattr(drafter, "propose", checked)
+    monkeypatch.setattr(drafter, "release", forgets)
+
+
 @pytest.mark.parametrize("kind", ["vanilla", "eagle3"])
-def test_drafters_that_read_hidden_states_are_rebuilt(kind: str) -> None:
+def test_drafters_that_read_hidden_states_are_rebuilt(
+    kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """On a wrapped transformers model with its own store, whose pages hold 256 tokens."""
     vocab = test_laws.VOCAB
     target = law_models.target_of("llama", vocab, exact=True)
@@ -102,8 +125,11 @@ def test_drafters_that_read_hidden_states_are_rebuilt(kind: str) -> None:
     expected = dspark.Engine(target).generate(prompts, [params, noisy])
     limit = 3 * target.new_cache().page_bytes()
     config = dspark.EngineConfig(memory_limit=limit, auto_off=False)
-    own = dspark.Engine(target, drafter=law_models.drafter_of(kind, vocab), config=config)
+    drafter = law_models.drafter_of(kind, vocab)
+    check_hidden_states(drafter, monkeypatch)
+    own = dspark.Engine(target, drafter=drafter, config=config)
     results = own.generate(prompts, [params, noisy])
+    assert "failed, decoding plainly" not in caplog.text
     assert [r.token_ids for r in results] == [r.token_ids for r in expected]
     assert [r.stats.preemptions for r in results] == [0, 1]
     assert results[1].stats.recomputed_tokens > 200
