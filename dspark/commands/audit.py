@@ -84,6 +84,7 @@ def audit(  # noqa: PLR0913 - one parameter per option is how Typer works
 ) -> None:
     """Prove on your own target and draft that drafting changes nothing but the speed."""
     from dspark.eval.audit import AuditConfig, Level
+    from dspark.eval.results import write_results
 
     if level not in list(Level):
         raise ConfigError(f"level is {level!r}, but must be one of {', '.join(Level)}.")
@@ -115,12 +116,12 @@ def audit(  # noqa: PLR0913 - one parameter per option is how Typer works
         expert_memory=expert_memory,
         auto_off=False,
     )
-    report = _run(console, engine, list(prompts) or None, config)
-    text = json.dumps(report.as_json(), ensure_ascii=False, indent=1)
+    named = None if draft == "auto" else draft
+    report = _run(console, engine, list(prompts) or None, config, named)
     if out is not None:
-        _write(out, text)
+        write_results(out, report.as_json())
     if as_json:
-        print(text)
+        print(json.dumps(report.as_json(), ensure_ascii=False, indent=1))
     else:
         _print(report)
     if report.exit_code:
@@ -136,7 +137,11 @@ def _rules(names: list[str] | None) -> tuple[Rule, ...]:
 
 
 def _run(
-    console: Console, engine: Engine, prompts: list[Prompt] | None, config: AuditConfig
+    console: Console,
+    engine: Engine,
+    prompts: list[Prompt] | None,
+    config: AuditConfig,
+    draft: str | None,
 ) -> AuditReport:
     from dspark.eval.audit import audit as run_audit
 
@@ -147,7 +152,7 @@ def _run(
         f"{engine.drafter.name}; exact mode {exactness.reason}",
     )
     with _progress(console) as show:
-        return run_audit(engine, prompts, config, on_progress=show)
+        return run_audit(engine, prompts, config, draft=draft, on_progress=show)
 
 
 @contextmanager
@@ -188,10 +193,3 @@ def _check_out(path: str | None) -> None:
     """Refuse a file that cannot be written before minutes are spent on it."""
     if path is not None and not Path(path).expanduser().absolute().parent.is_dir():
         raise DataError(f"the report cannot be written to {path}: there is no such folder.")
-
-
-def _write(path: str, text: str) -> None:
-    try:
-        Path(path).expanduser().write_text(text + "\n", encoding="utf-8")
-    except OSError as exc:
-        raise DataError(f"the report cannot be written to {path}: {exc.strerror}.") from exc

@@ -26,8 +26,9 @@ from dspark.eval.audit_cache import RollbackAudit, TargetNoise, measure_noise
 from dspark.eval.audit_contexts import TEXTS, choose_contexts, token_prompts
 from dspark.eval.audit_draws import DrawRecorder
 from dspark.eval.audit_law import LawAudit
-from dspark.eval.audit_report import AuditReport, header
+from dspark.eval.audit_report import AuditReport
 from dspark.eval.audit_tokens import TokenAudit
+from dspark.eval.results import RunFacts, build_header
 from dspark.request import Prompt, Rule, SamplingParams
 
 __all__ = ["AuditConfig", "Level", "Progress", "audit", "default_prompts"]
@@ -164,6 +165,7 @@ def audit(
     prompts: Sequence[Prompt] | None = None,
     config: AuditConfig | None = None,
     *,
+    draft: str | None = None,
     on_progress: Progress | None = None,
 ) -> AuditReport:
     """Audit an engine's target and drafter.
@@ -173,6 +175,8 @@ def audit(
             made of its target and its drafter.
         prompts: Prompts to decode; None takes the project's own.
         config: How to audit.
+        draft: What `Engine.load` was given as the draft, which the report's header then identifies
+            by its files; None takes the drafter's own name.
         on_progress: Called as it goes.
 
     Returns:
@@ -184,20 +188,34 @@ def audit(
     """
     if engine.num_unfinished:
         raise ConfigError("the engine still runs requests, but must be idle to be audited.")
-    run = _Audit(engine, AuditConfig() if config is None else config, on_progress)
+    own = AuditConfig() if config is None else config
+    facts = RunFacts(
+        target=engine.target.info.name,
+        drafts=(engine.drafter.name if draft is None else draft,),
+        template="raw",
+        seed=own.seed,
+    )
+    report = AuditReport(header=build_header(engine, facts), settings=_settings(own))
+    run = _Audit(engine, own, report, on_progress)
     return run.run(prompts)
 
 
 class _Audit:
     """One audit."""
 
-    def __init__(self, engine: Engine, config: AuditConfig, on_progress: Progress | None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        config: AuditConfig,
+        report: AuditReport,
+        on_progress: Progress | None,
+    ) -> None:
         self.target = engine.target
         self.drafter: Drafter = engine.drafter
         self.config = config
         self.engine = engine
         self.clock = _Clock(config.seconds, on_progress)
-        self.report = AuditReport(header=header(self.target, self.drafter, _settings(config)))
+        self.report = report
         self.prompts: list[list[int]] = []
         self.rollback: RollbackAudit | None = None
         self.tokens: list[TokenAudit] = []

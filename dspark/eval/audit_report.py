@@ -6,22 +6,16 @@ A check *passed*, *found* something, or was *inconclusive*: it ran, but what it 
 
 from __future__ import annotations
 
-import datetime
-import platform
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-import torch
+__all__ = ["ONLY_REJECTIONS", "SCHEMA", "VERSION", "AuditReport", "CheckResult", "Status"]
 
-from dspark._version import __version__
-from dspark.draft.base import Drafter
-from dspark.target import Target
-
-__all__ = ["ONLY_REJECTIONS", "AuditReport", "CheckResult", "Status", "header"]
-
-SCHEMA = 1
+SCHEMA = "dspark.audit"
+VERSION = 1
 
 ONLY_REJECTIONS = "; no draft was accepted, so only rejections were put to the test"
 """What a check's evidence adds where that is so."""
@@ -66,7 +60,7 @@ class CheckResult:
             "power": self.power,
             "advice": self.advice,
             "seconds": round(self.seconds, 2),
-            "details": dict(self.details),
+            "details": _plain(self.details),
         }
 
     def lines(self) -> list[str]:
@@ -84,13 +78,15 @@ class AuditReport:
     """All checks of one audit.
 
     Attributes:
-        header: What was audited, and how.
+        header: What was audited, on what (`dspark.eval.results.build_header`).
+        settings: The audit's own settings, ready for JSON.
         checks: The results so far.
         is_interrupted: True if Ctrl-C ended it early; the results are those of what had run.
         seconds: Wall-clock seconds.
     """
 
     header: Mapping[str, Any]
+    settings: Mapping[str, Any]
     checks: list[CheckResult] = field(default_factory=list)
     is_interrupted: bool = False
     seconds: float = 0.0
@@ -116,11 +112,12 @@ class AuditReport:
         """The report as a JSON object."""
         return {
             "schema": SCHEMA,
-            "kind": "audit",
+            "version": VERSION,
+            "header": dict(self.header),
+            "settings": dict(self.settings),
             "status": self.status.value,
             "interrupted": self.is_interrupted,
             "seconds": round(self.seconds, 2),
-            **dict(self.header),
             "checks": [check.as_json() for check in self.checks],
         }
 
@@ -141,38 +138,10 @@ class AuditReport:
         return f"{verdict} ({tally or 'no check ran'}; {self.seconds:.0f} s{partial})"
 
 
-def header(target: Target, drafter: Drafter, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe what is audited.
-
-    Args:
-        target: The target.
-        drafter: The drafter.
-        settings: The audit's own settings, ready for JSON.
-
-    Returns:
-        Target, draft, exact mode, versions, machine, settings.
-    """
-    info, exactness = target.info, target.exactness
-    return {
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "target": {
-            "name": info.name,
-            "family": info.family,
-            "dtype": info.dtype,
-            "device": info.device,
-            "vocab_size": info.vocab_size,
-        },
-        "draft": drafter.name,
-        "exact": {
-            "enabled": exactness.enabled,
-            "reason": exactness.reason,
-            "backend": exactness.backend,
-        },
-        "versions": {
-            "dspark": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
-        "machine": {"arch": platform.machine(), "threads": torch.get_num_threads()},
-        "settings": dict(settings),
-    }
+def _plain(value: Any) -> Any:
+    """Details as JSON knows them: a value gap may be infinite, where a token was cut off."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -285,7 +285,7 @@ def profile_results(
 
 
 def audit_results(
-    *, status: Status = Status.PASSED, is_interrupted: bool = False, **machine: Any
+    *, status: Status = Status.PASSED, is_interrupted: bool = False, **header: Any
 ) -> dict[str, Any]:
     """A file of `dspark audit`."""
     checks = [
@@ -305,22 +305,13 @@ def audit_results(
             details={"judged_nodes": 900},
         ),
     ]
-    found = {
-        "created": "2026-11-22T08:40:00+00:00",
-        "target": {
-            "name": "smollm2-135m",
-            "family": "llama",
-            "dtype": "float32",
-            "device": "cpu",
-            "vocab_size": 49152,
-        },
-        "draft": "lookup",
-        "exact": {key: EXACT[key] for key in ("enabled", "reason", "backend")},
-        "versions": {"dspark": "0.1.0", "python": "3.11.7", "torch": "2.13.0"},
-        "machine": {"arch": "x86_64", "threads": 2, **machine},
-        "settings": {"level": "quick", "rules": ["greedy"], "temperatures": [1.0], "seed": 0},
-    }
-    report = AuditReport(header=found, checks=checks, is_interrupted=is_interrupted, seconds=64.2)
+    report = AuditReport(
+        header=header_of(sampling=[], prompts=[], template="raw", warm_ups=0, repeats=1, **header),
+        settings={"level": "quick", "rules": ["greedy"], "temperatures": [1.0], "seed": 0},
+        checks=checks,
+        is_interrupted=is_interrupted,
+        seconds=64.2,
+    )
     return _as_json(report.as_json())
 
 

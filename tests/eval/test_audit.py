@@ -28,6 +28,7 @@ from dspark.eval.audit_cache import TargetNoise, measure_noise
 from dspark.eval.audit_law import lenient_law, plain_law
 from dspark.eval.audit_report import AuditReport, CheckResult, Status
 from dspark.eval.audit_tokens import TokenAudit
+from dspark.eval.report.read import read_inputs
 from dspark.request import Rule, SamplingParams
 from dspark.verify.sampling import laws, shape_logits
 from tests.conftest import VOCAB, random_target
@@ -358,9 +359,10 @@ def test_the_command_prints_lines_or_json_and_writes_a_file(
     shown = CliRunner().invoke(command, [*arguments, "--json", "--out", str(path)])
     report = json.loads(shown.stdout)
     assert report == json.loads(path.read_text())
-    assert (report["schema"], report["kind"], report["status"]) == (1, "audit", "passed")
+    assert (report["schema"], report["version"], report["status"]) == ("dspark.audit", 1, "passed")
     assert report["settings"]["rules"] == ["greedy"]
-    assert report["target"]["name"] == "random-llama"
+    assert report["header"]["target"]["id"] == "random-llama"
+    assert read_inputs([path]).audit[0].results.header.seed == 0
     planted.closing_from_the_draft(monkeypatch)
     assert CliRunner().invoke(command, arguments).exit_code == 3
 

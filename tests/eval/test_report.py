@@ -74,8 +74,8 @@ def files(tmp_path: Path) -> Files:
     """Write result files, named by their kind."""
 
     def make(*results: dict[str, Any]) -> list[Path]:
-        names = [item.get("schema") for item in results]
-        kinds = [name.split(".")[1] if isinstance(name, str) else "audit" for name in names]
+        names = [item["schema"] for item in results]
+        kinds = [name.split(".")[1] for name in names]
         return [
             write(tmp_path, f"{kind}-{at}", item)
             for at, (kind, item) in enumerate(zip(kinds, results, strict=True))
@@ -210,7 +210,8 @@ def evil_results() -> list[dict[str, Any]]:
     speed["configurations"][1]["note"] = EVIL
     speed["figures"][-1]["failed"] = [{"question_id": EVIL, "error": EVIL}]
     audit = audit_results()
-    audit["checks"][0]["name"] = audit["checks"][0]["evidence"] = audit["draft"] = EVIL
+    audit["checks"][0]["name"] = audit["checks"][0]["evidence"] = EVIL
+    audit["header"]["drafts"][0]["id"] = audit["header"]["processor"] = EVIL
     return [acceptance, speed, audit]
 
 

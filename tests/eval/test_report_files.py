@@ -72,7 +72,7 @@ def test_another_version_is_refused(tmp_path: Path, results: dict[str, Any], ver
 
 
 def test_a_newer_audit_is_refused(tmp_path: Path) -> None:
-    path = write(tmp_path, "r", {**audit_results(), "schema": 2})
+    path = write(tmp_path, "r", {**audit_results(), "version": 2})
     with pytest.raises(DataError, match=r"is version 2 of dspark\.audit"):
         read_inputs([path])
 

@@ -12,7 +12,6 @@ from dspark.eval.report.facts import run_table
 from dspark.eval.report.headlines import headlines
 from dspark.eval.report.page import DataFile, Page, Section, Table
 from dspark.eval.report.read import Inputs, ResultFile, read_inputs
-from dspark.eval.report.schema import AuditResults
 from dspark.eval.report.section_audit import audit_section
 from dspark.eval.report.section_bench import bench_section
 from dspark.eval.report.section_confidence import confidence_section
@@ -111,14 +110,10 @@ def _noted(differences: Sequence[Difference]) -> Iterator[Table]:
 
 
 def _target(file: ResultFile[Any]) -> str:
-    if isinstance(file.results, AuditResults):
-        return file.results.target.name
     return str(file.results.header.target.id)
 
 
 def _created(file: ResultFile[Any]) -> str:
-    if isinstance(file.results, AuditResults):
-        return file.results.created or ""
     return str(file.results.header.created or "")
 
 
@@ -131,6 +126,4 @@ def _subtitle(inputs: Inputs) -> str:
 
 
 def _version(file: ResultFile[Any]) -> str:
-    if isinstance(file.results, AuditResults):
-        return file.results.versions.get("dspark", "")
     return str(file.results.header.dspark or "")

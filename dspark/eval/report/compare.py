@@ -24,6 +24,7 @@ _MISSING = object()
 _DRAFTING = ("tree_budget", "depth", "width", "draft")
 _MACHINE = ("processor", "platform", "device", "threads")
 _ASKED = ("template", "think", "effort", "seed", "batch", "warm_ups")
+_UNKNOWN_TO_STEPS = ("seed", "batch", "template", "think", "effort")
 _EXACT = ("enabled", "holds", "backend", "min_rows", "max_nodes")  # the others vary in time
 _VERSIONS = ("dspark", "code", "commit", "dirty", "python", "repeats")
 
@@ -161,7 +162,7 @@ def _bench_settings(file: ResultFile[Any]) -> dict[str, Any]:
 
 def _profile_settings(file: ResultFile[Any]) -> dict[str, Any]:
     header = _header_settings(file)
-    for name in ("seed", "batch", "template", "think", "effort"):  # a step knows none of these
+    for name in _UNKNOWN_TO_STEPS:
         header.pop(name)
     key = {k: v for k, v in (file.raw.get("key") or {}).items() if k != "torch"}
     how = {k: v for k, v in (file.raw.get("settings") or {}).items() if k != "repeats"}
@@ -183,22 +184,19 @@ def _is_repeated(name: str, value: Any, header: Mapping[str, Any]) -> bool:
 
 
 def _audit_settings(file: ResultFile[Any]) -> dict[str, Any]:
-    raw = file.raw
-    settings = {k: v for k, v in (raw.get("settings") or {}).items() if k not in _DRAFTING}
-    exact = raw.get("exact") or {}
-    return {
-        **{f"target.{name}": value for name, value in raw["target"].items()},
-        **{f"exact.{name}": exact.get(name) for name in ("enabled", "backend")},
-        **{f"machine.{name}": value for name, value in (raw.get("machine") or {}).items()},
-        **{f"settings.{name}": value for name, value in settings.items()},
-    }
+    header = _header_settings(file)
+    for name in _UNKNOWN_TO_STEPS:  # an audit has its own settings for what it has of these
+        header.pop(name)
+    settings = {k: v for k, v in (file.raw.get("settings") or {}).items() if k not in _DRAFTING}
+    return {**header, **{f"settings.{name}": value for name, value in settings.items()}}
 
 
 def _audit_notes(file: ResultFile[Any]) -> dict[str, Any]:
     settings = file.raw.get("settings") or {}
+    drafts = [_identify(draft) for draft in file.raw["header"].get("drafts") or []]
     return {
-        "draft": file.raw.get("draft"),
-        **{f"versions.{k}": v for k, v in (file.raw.get("versions") or {}).items()},
+        **_header_notes(file),
+        "draft": drafts,
         **{f"settings.{name}": settings.get(name) for name in _DRAFTING},
     }
 
@@ -257,37 +255,17 @@ def _identity(first: ResultFile[Any], other: ResultFile[Any]) -> Iterator[Differ
     return _differ(first, other, *facts, is_setting=True)
 
 
-def _last(name: str | None) -> str | None:
-    """A model's name without folders: a header has lost them, an audit has not."""
-    return None if name is None else name.replace("\\", "/").rstrip("/").rpartition("/")[2]
-
-
 def _facts_of_run(file: ResultFile[Any]) -> dict[str, Any]:
-    if file.kind == "audit":
-        target, machine = file.raw["target"], file.raw.get("machine") or {}
-        exact = file.raw.get("exact") or {}
-        return {
-            "device": target.get("device"),
-            "threads": machine.get("threads"),
-            "architecture": machine.get("arch"),
-            "target's name": _last(target.get("name")),
-            "dtype": target.get("dtype"),
-            "family": target.get("family"),
-            "vocab_size": target.get("vocab_size"),
-            "exact.enabled": exact.get("enabled"),
-        }
     header = file.raw["header"]
     target = header["target"]
-    system = header.get("platform") or ""
     if file.kind == "simulate":  # whatever it ran on is not what it is about
-        return {"target": _identify(target), "target's name": _last(target.get("id"))}
+        return {"target": _identify(target)}
     return {
         "processor": header.get("processor"),
+        "platform": header.get("platform"),
         "device": header.get("device"),
         "threads": header.get("threads"),
-        "architecture": system.rpartition(" ")[2] or None,
         "target": _identify(target),
-        "target's name": _last(target.get("id")),
         "dtype": target.get("dtype"),
         "family": target.get("family"),
         "vocab_size": target.get("vocab_size"),

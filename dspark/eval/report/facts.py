@@ -39,9 +39,8 @@ def run_table(inputs: Inputs) -> Table:
     """One row per fact: one value where all files agree, else one per file."""
     rows: dict[str, dict[str, list[str]]] = {}
     names = [(f"file {file.label}", f"{file.name}, dspark {file.kind}") for file in inputs.files]
-    has_header = len(inputs.audit) < len(inputs.files)
     for file in inputs.files:
-        for name, value in _facts(file, is_alone=not has_header):
+        for name, value in _facts(file):
             rows.setdefault(name, {}).setdefault(value, []).append(file.label)
     return Table(
         title="Set-up",
@@ -75,13 +74,13 @@ def describe_sampling(sampling: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _facts(file: ResultFile[Any], *, is_alone: bool) -> Iterator[tuple[str, str]]:
-    if isinstance(file.results, AuditResults):
-        yield from _audit_facts(file.results, is_alone=is_alone)
-        return
+def _facts(file: ResultFile[Any]) -> Iterator[tuple[str, str]]:
     header: Header = file.results.header
     yield from _machine_facts(header)
-    if file.kind != "profile":  # whose steps know neither prompts nor sampling
+    if isinstance(file.results, AuditResults):
+        yield "audited draft", "; ".join(_model(draft) for draft in header.drafts)
+        yield "audit", _settings(file.results.settings)
+    elif file.kind != "profile":  # whose steps know neither prompts nor sampling
         yield from _workload_facts(header)
     if header.exact.enabled is not None:
         yield "exact mode", header.exact.reason or ("on" if header.exact.enabled else "off")
@@ -155,25 +154,6 @@ def _software(header: Header) -> str:
     if header.python:
         parts.append(f"Python {header.python}")
     return ", ".join([*parts, *(f"{name} {found}" for name, found in header.libraries.items())])
-
-
-def _audit_facts(results: AuditResults, *, is_alone: bool) -> Iterator[tuple[str, str]]:
-    """What an audit says; beside other files, only what is its own."""
-    target = results.target
-    if is_alone:
-        if "arch" in results.machine:
-            yield "machine", value_text(results.machine["arch"])
-        yield "device", value_text(target.device)
-        yield "threads", value_text(results.machine.get("threads"))
-        told = ", ".join(part for part in (target.family, target.dtype) if part)
-        yield "target", f"{target.name} ({told})" if told else target.name
-        if results.exact.enabled is not None:
-            yield "exact mode", results.exact.reason or ("on" if results.exact.enabled else "off")
-        yield "software", ", ".join(f"{name} {found}" for name, found in results.versions.items())
-    if results.draft is not None:
-        yield "audited draft", results.draft
-    if results.settings:
-        yield "audit", _settings(results.settings)
 
 
 def _settings(settings: dict[str, Any]) -> str:

@@ -156,13 +156,11 @@ def _read_json(path: str | Path) -> dict[str, Any]:
 
 
 def _kind_of(raw: dict[str, Any]) -> tuple[str, Any]:
-    """The kind and version a file claims to be; audits have a form of their own."""
+    """The kind and version a file claims to be."""
     schema = raw.get("schema")
-    if isinstance(schema, str):
-        return schema.removeprefix("dspark.") if schema.startswith("dspark.") else "", raw.get(
-            "version"
-        )
-    return ("audit", schema) if raw.get("kind") == "audit" else ("", None)
+    if not isinstance(schema, str) or not schema.startswith("dspark."):
+        return "", None
+    return schema.removeprefix("dspark."), raw.get("version")
 
 
 def _short(raw: dict[str, Any]) -> str:

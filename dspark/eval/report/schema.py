@@ -368,16 +368,6 @@ class ProfileResults(Part):
 # -- audit ------------------------------------------------------------------------------------
 
 
-class AuditTarget(Part):
-    """The target, as an audit describes it."""
-
-    name: str
-    family: str | None = None
-    dtype: str | None = None
-    device: str | None = None
-    vocab_size: int | None = None
-
-
 class AuditCheck(Part):
     """One check."""
 
@@ -392,14 +382,9 @@ class AuditCheck(Part):
 class AuditResults(Part):
     """A file of `dspark audit`."""
 
+    header: Header
+    settings: dict[str, Any] = Field(default_factory=dict)
     status: str
     interrupted: bool = False
     seconds: float = 0.0
-    created: str | None = None
-    target: AuditTarget
-    draft: str | None = None
-    exact: Exact = Field(default_factory=Exact)
-    versions: dict[str, str] = Field(default_factory=dict)
-    machine: dict[str, Any] = Field(default_factory=dict)
-    settings: dict[str, Any] = Field(default_factory=dict)
     checks: list[AuditCheck]
