@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import typer
 from dspark.commands import console as ui
 from dspark.commands.bench_notes import finish, introduce, print_notes
 from dspark.commands.bench_progress import show_progress
-from dspark.commands.bench_table import print_plain, print_table
+from dspark.commands.bench_table import bench_tables
 from dspark.commands.console import (
     DeviceOption,
     DtypeOption,
@@ -25,6 +24,7 @@ from dspark.commands.console import (
     ThinkOption,
     ThreadsOption,
 )
+from dspark.commands.tables import print_tables
 from dspark.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -269,10 +269,8 @@ def _run(console: Console, bench: Bench, log: BenchLog, *, is_quiet: bool) -> No
 def _print_results(results: dict[str, Any], *, is_json: bool) -> None:
     if is_json:
         print(json.dumps(results, ensure_ascii=False, allow_nan=False))
-    elif sys.stdout.isatty():
-        print_table(results)
     else:
-        print_plain(results)
+        print_tables(bench_tables(results))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,57 +1,21 @@
-"""The tables of `dspark bench`: for a terminal, and tab-separated for a pipe."""
+"""The tables of `dspark bench`."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["print_plain", "print_table"]
+from dspark.commands.tables import Section
+
+__all__ = ["bench_tables"]
 
 Figures = Mapping[str, Any]
 
 _NONE = "-"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Section:
-    """One table.
-
-    Attributes:
-        columns: Heads; the first column is text, the others numbers.
-        rows: Cells.
-    """
-
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-
-def print_plain(results: Figures) -> None:
-    """Print tab-separated lines: a line of heads before each table."""
-    for section in _sections(results):
-        for row in (section.columns, *section.rows):
-            sys.stdout.write("\t".join(row) + "\n")
-
-
-def print_table(results: Figures) -> None:
-    """Print tables for a terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    for section in _sections(results):
-        table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-        table.add_column(section.columns[0], overflow="fold")
-        for name in section.columns[1:]:
-            table.add_column(name, justify="right", no_wrap=True)
-        for row in section.rows:
-            table.add_row(*row)
-        console.print(table)
-        console.print()
-
-
-def _sections(results: Figures) -> Iterator[_Section]:
+def bench_tables(results: Figures) -> Iterator[Section]:
+    """Speeds, latencies, time by stage, memory and speed-ups by category, of a bench's results."""
     cells = sorted(results["figures"], key=lambda cell: cell["concurrency"])
     yield _speeds(cells, results["baseline"])
     yield _latencies(cells)
@@ -63,7 +27,7 @@ def _sections(results: Figures) -> Iterator[_Section]:
         yield _categories(cells, categories)
 
 
-def _speeds(cells: Sequence[Figures], baseline: str) -> _Section:
+def _speeds(cells: Sequence[Figures], baseline: str) -> Section:
     rows = []
     for cell in cells:
         speed, speedup = cell["tokens_per_second"], cell["speedup"]
@@ -81,10 +45,10 @@ def _speeds(cells: Sequence[Figures], baseline: str) -> _Section:
             )
         )
     heads = ("tok/s", "95 %", f"over {baseline}", "95 %", "per user", "tau", "same text")
-    return _Section(columns=("throughput", "at once", *heads), rows=tuple(rows))
+    return Section(("throughput", "at once", *heads), tuple(rows))
 
 
-def _latencies(cells: Sequence[Figures]) -> _Section:
+def _latencies(cells: Sequence[Figures]) -> Section:
     rows = []
     for cell in cells:
         first, token, chunk = cell["ttft"], cell["inter_token"], cell["inter_chunk"]
@@ -92,34 +56,34 @@ def _latencies(cells: Sequence[Figures]) -> _Section:
         figures += [chunk["p50"], chunk["max"]]
         rows.append((*_names(cell), *(_milliseconds(figure) for figure in figures)))
     heads = ("first p50", "p95", "token p50", "p95", "p99", "chunk p50", "max")
-    return _Section(columns=("latency, ms", "at once", *heads), rows=tuple(rows))
+    return Section(("latency, ms", "at once", *heads), tuple(rows))
 
 
-def _stages(cells: Sequence[Figures]) -> _Section:
+def _stages(cells: Sequence[Figures]) -> Section:
     names = ("prefill", "draft", "verify", "rest")
     rows = [
         (*_names(cell), *(_share(cell["stage_share"][name]) for name in names))
         for cell in cells
         if cell["stage_share"]
     ]
-    return _Section(columns=("time", "at once", *names), rows=tuple(rows))
+    return Section(("time", "at once", *names), tuple(rows))
 
 
-def _memory(cells: Sequence[Figures]) -> _Section:
+def _memory(cells: Sequence[Figures]) -> Section:
     heads = {"peak_rss": "process peak", "cache": "K/V cache", "device": "device"}
     known = [name for name in heads if any(cell["memory"][name] for cell in cells)]
     rows = [(*_names(cell), *(_bytes(cell["memory"][name]) for name in known)) for cell in cells]
     columns = ("memory, MiB", "at once", *(heads[name] for name in known))
-    return _Section(columns=columns, rows=tuple(rows))
+    return Section(columns, tuple(rows))
 
 
-def _categories(cells: Sequence[Figures], names: Sequence[str]) -> _Section:
+def _categories(cells: Sequence[Figures], names: Sequence[str]) -> Section:
     rows = []
     for cell in cells:
         groups = [cell["by_category"].get(name) for name in names]
         shown = [_NONE if group is None else _of_category(group) for group in groups]
         rows.append((*_names(cell), *shown))
-    return _Section(columns=("tok/s (speed-up)", "at once", *names), rows=tuple(rows))
+    return Section(("tok/s (speed-up)", "at once", *names), tuple(rows))
 
 
 def _of_category(group: Figures) -> str:

@@ -339,12 +339,13 @@ def _progress(
 
 
 def _show(results: dict[str, Any], *, as_json: bool) -> None:
-    from dspark.commands.calibrate_table import print_results
+    from dspark.commands.calibrate_table import calibrate_tables
+    from dspark.commands.tables import print_tables
 
     if as_json:
         print(json.dumps(results, ensure_ascii=False, allow_nan=False))
     else:
-        print_results(results["maps"])
+        print_tables(calibrate_tables(results["maps"]))
 
 
 def _finish(console: Console, run: _Run, *, is_quiet: bool) -> None:

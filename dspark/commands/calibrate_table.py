@@ -1,61 +1,38 @@
-"""The tables of `dspark calibrate`: for a terminal, and tab-separated for a pipe."""
+"""The tables of `dspark calibrate`."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
-__all__ = ["print_results"]
+from dspark.commands.tables import Section
 
-_Table: TypeAlias = tuple[tuple[str, ...], list[tuple[str, ...]]]
-"""Column heads, the first of them the table's name, and rows."""
+__all__ = ["calibrate_tables"]
 
 _POSITION = ("n", "observed", "predicted", "unfitted", "head", "head, STS", "fitted", "floor")
 _RANK = ("n", "observed", "predicted", "unfitted", "fitted", "floor")
 
 
-def print_results(maps: Sequence[Mapping[str, Any]]) -> None:
-    """Print what was fitted, ECE in percent.
+def calibrate_tables(maps: Sequence[Mapping[str, Any]]) -> Iterator[Section]:
+    """What was fitted, ECE in percent.
 
     Args:
         maps: Entries of a calibration.
     """
-    show = _print_table if sys.stdout.isatty() else _print_plain
     for entry in maps:
-        for heads, rows in _tables(entry):
-            show(heads, rows)
+        yield from _tables(entry)
 
 
-def _print_plain(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    for line in (heads, *rows):
-        sys.stdout.write("\t".join(line) + "\n")
-
-
-def _print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(heads[0], overflow="fold")
-    for name in heads[1:]:
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    console.print()
-
-
-def _tables(entry: Mapping[str, Any]) -> Iterator[_Table]:
+def _tables(entry: Mapping[str, Any]) -> Iterator[Section]:
     name = f"{entry['rule']} T={entry['temperature']:g} {entry['shape']}"
     if not entry["positions"]:
         sts = entry["sts"]["temperatures"]
-        yield (name, "temperature"), [_scale(k, t) for k, t in enumerate(sts, start=1)]
+        rows = tuple(_scale(k, t) for k, t in enumerate(sts, start=1))
+        yield Section((name, "temperature"), rows)
         return
-    yield (name, *_POSITION), [_position(row) for row in entry["positions"]]
+    yield Section((name, *_POSITION), tuple(_position(row) for row in entry["positions"]))
     if entry["ranks"]:
-        yield (f"{name}, children", *_RANK), [_rank(row) for row in entry["ranks"]]
+        yield Section((f"{name}, children", *_RANK), tuple(_rank(row) for row in entry["ranks"]))
 
 
 def _scale(position: int, temperature: float) -> tuple[str, ...]:

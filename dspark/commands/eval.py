@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -207,7 +206,10 @@ def eval_command(  # noqa: PLR0913 - one parameter per option is how Typer works
     if as_json:
         print(json.dumps(results, ensure_ascii=False, allow_nan=False))
     else:
-        _print_tables(results)
+        from dspark.commands.eval_table import eval_tables
+        from dspark.commands.tables import print_tables
+
+        print_tables(eval_tables(results))
     _finish(console, campaign, outcomes, run_log, is_kept=is_kept, is_quiet=quiet)
 
 
@@ -304,13 +306,6 @@ def _write_answers(
         path = write_answers(folder, model_id, outcome.records)
         if not is_quiet:
             ui.print_note(console, f"answers: {path}")
-
-
-def _print_tables(results: dict[str, object]) -> None:
-    from dspark.commands.eval_table import print_plain, print_table
-
-    show = print_table if sys.stdout.isatty() else print_plain
-    show(results)
 
 
 def _finish(

@@ -1,58 +1,20 @@
-"""The tables of `dspark eval`: for a terminal, and tab-separated for a pipe."""
+"""The tables of `dspark eval`."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["print_plain", "print_table"]
+from dspark.commands.tables import Section
+
+__all__ = ["eval_tables"]
 
 Figures = Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Section:
-    """One table.
-
-    Attributes:
-        title: What it holds.
-        columns: Heads; the first column is text, the others numbers.
-        rows: Cells.
-    """
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-
-def print_plain(results: Figures) -> None:
-    """Print tab-separated lines: a line of heads before each table."""
-    for section in _sections(results["configurations"]):
-        sys.stdout.write("\t".join((section.title, *section.columns[1:])) + "\n")
-        for row in section.rows:
-            sys.stdout.write("\t".join(row) + "\n")
-
-
-def print_table(results: Figures) -> None:
-    """Print tables for a terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    for section in _sections(results["configurations"]):
-        table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-        table.add_column(section.title, overflow="fold")
-        for name in section.columns[1:]:
-            table.add_column(name, justify="right", no_wrap=True)
-        for row in section.rows:
-            table.add_row(*row)
-        console.print(table)
-        console.print()
-
-
-def _sections(cells: Sequence[Figures]) -> Iterator[_Section]:
+def eval_tables(results: Figures) -> Iterator[Section]:
+    """Accepted lengths, counts, positions, groups and confidence, of an eval's results."""
+    cells: Sequence[Figures] = results["configurations"]
     yield _lengths(cells)
     yield _counts(cells)
     for cell in cells:
@@ -68,7 +30,7 @@ def _sections(cells: Sequence[Figures]) -> Iterator[_Section]:
         yield _definition(name, cells)
 
 
-def _lengths(cells: Sequence[Figures]) -> _Section:
+def _lengths(cells: Sequence[Figures]) -> Section:
     rows = []
     for cell in cells:
         found = cell["acceptance"]
@@ -88,10 +50,10 @@ def _lengths(cells: Sequence[Figures]) -> _Section:
         )
     names = ("tau", "95 %", "per token", "per request")
     more = ("accept_len", "per token", "per request")
-    return _Section(title="configuration", columns=("", *names, *more), rows=tuple(rows))
+    return Section(("configuration", *names, *more), tuple(rows))
 
 
-def _counts(cells: Sequence[Figures]) -> _Section:
+def _counts(cells: Sequence[Figures]) -> Section:
     names = ("requests", "rounds", "proposed", "verified", "accepted")
     rows = []
     for cell in cells:
@@ -99,42 +61,42 @@ def _counts(cells: Sequence[Figures]) -> _Section:
         counts = [str(found[name]) for name in names]
         rates = (found["acceptance_rate"], found["verify_rate"], found["full_acceptance"])
         rows.append((cell["name"], *counts, *map(_share, rates)))
-    columns = ("", *names, "acc/ver", "verify rate", "full")
-    return _Section(title="counts", columns=columns, rows=tuple(rows))
+    heads = ("counts", *names, "acc/ver", "verify rate", "full")
+    return Section(heads, tuple(rows))
 
 
-def _positions(cell: Figures) -> _Section:
+def _positions(cell: Figures) -> Section:
     rates = cell["acceptance"]["per_position"]
     rows = tuple(
         (kind, *(_share(rate[kind]) for rate in rates))
         for kind in ("unconditional", "conditional", "of_offered")
     )
     depths = tuple(str(rate["position"]) for rate in rates)
-    return _Section(title=f"position: {cell['name']}", columns=("", *depths), rows=rows)
+    return Section((f"position: {cell['name']}", *depths), rows)
 
 
-def _groups(cells: Sequence[Figures]) -> _Section:
+def _groups(cells: Sequence[Figures]) -> Section:
     names = list(dict.fromkeys(name for cell in cells for name in cell["by_category"]))
     rows = []
     for cell in cells:
         groups = cell["by_category"]
         taus = [groups[name]["tau"] if name in groups else None for name in names]
         rows.append((cell["name"], *map(_number, taus)))
-    return _Section(title="tau by category", columns=("", *names), rows=tuple(rows))
+    return Section(("tau by category", *names), tuple(rows))
 
 
-def _contexts(cell: Figures) -> _Section:
+def _contexts(cell: Figures) -> Section:
     rows = []
     for bucket in cell["by_context"]:
         end = "" if bucket["to"] is None else str(bucket["to"] - 1)
         counts = (str(bucket["prompts"]), str(bucket["rounds"]))
         means = (_number(bucket["tau"]), _number(bucket["accept_len"]))
         rows.append((f"{bucket['from']}..{end}", *counts, *means))
-    columns = ("", "prompts", "rounds", "tau", "accept_len")
-    return _Section(title=f"context: {cell['name']}", columns=columns, rows=tuple(rows))
+    heads = (f"context: {cell['name']}", "prompts", "rounds", "tau", "accept_len")
+    return Section(heads, tuple(rows))
 
 
-def _confidence(cells: Sequence[Figures]) -> _Section:
+def _confidence(cells: Sequence[Figures]) -> Section:
     rows = []
     for cell in cells:
         quality = cell["confidence"]
@@ -148,10 +110,10 @@ def _confidence(cells: Sequence[Figures]) -> _Section:
             figures += [step[n] for n in ("ece", "auroc")]
             rows.append((label, str(prefix["count"]), *(_number(f, 3) for f in figures)))
     names = ("n", "predicted", "observed", "ECE", "AUROC", "Brier", "step ECE", "step AUROC")
-    return _Section(title="confidence", columns=("", *names), rows=tuple(rows))
+    return Section(("confidence", *names), tuple(rows))
 
 
-def _definition(name: str, cells: Sequence[Figures]) -> _Section:
+def _definition(name: str, cells: Sequence[Figures]) -> Section:
     rows = []
     for cell in cells:
         for key, value in cell["definitions"][name].items():
@@ -163,7 +125,7 @@ def _definition(name: str, cells: Sequence[Figures]) -> _Section:
             else:
                 text = str(value) if isinstance(value, int) else _number(value, 3)
                 rows.append((f"{cell['name']}: {key}", text))
-    return _Section(title=f"as {name} counts", columns=("", "value"), rows=tuple(rows))
+    return Section((f"as {name} counts", "value"), tuple(rows))
 
 
 def _number(value: float | None, digits: int = 2) -> str:

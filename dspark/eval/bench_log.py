@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import IO
 
 from dspark.errors import DataError
 from dspark.eval.bench_records import RunRecord
+from dspark.eval.line_log import LineLog
 
 __all__ = ["BenchLog", "RunName"]
 
@@ -35,21 +35,16 @@ class BenchLog:
     """
 
     def __init__(self, path: str | Path, key: str, *, is_fresh: bool = False) -> None:
-        self.path = Path(path).expanduser()
+        self._log = LineLog(path, is_fresh=is_fresh)
         self._key = key
         self._found: dict[RunName, RunRecord] = {}
-        self._file: IO[bytes] | None = None
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if is_fresh:
-                self.path.unlink(missing_ok=True)
-            data = self.path.read_bytes() if self.path.exists() else b""
-        except OSError as exc:
-            raise DataError(f"the log {path} cannot be used: {exc.strerror}.") from exc
-        self._whole = data.rfind(b"\n") + 1
-        self._is_torn = self._whole < len(data)
-        for number, line in enumerate(data[: self._whole].splitlines(), start=1):
+        for number, line in enumerate(self._log.lines, start=1):
             self._take(line, number)
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._log.path
 
     def _take(self, line: bytes, number: int) -> None:
         try:
@@ -78,19 +73,9 @@ class BenchLog:
         Raises:
             DataError: If the file cannot be written.
         """
-        row = {"key": self._key, "run": run.to_json()}
-        try:
-            if self._file is None:
-                self._file = self.path.open("ab")
-                if self._is_torn:
-                    self._file.truncate(self._whole)
-            self._file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
-            self._file.flush()
-        except OSError as exc:
-            raise DataError(f"the log {self.path} cannot be written: {exc.strerror}.") from exc
+        self._log.append({"key": self._key, "run": run.to_json()})
         self._found[run.configuration, run.concurrency, run.repeat] = run
 
     def close(self) -> None:
         """Close the file."""
-        if self._file is not None:
-            self._file.close()
+        self._log.close()

@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from dspark.errors import DataError
+from dspark.eval.line_log import LineLog, whole_lines
 from dspark.eval.prompts import Question
 from dspark.eval.records import QuestionRecord
 
@@ -43,7 +44,7 @@ def read_log(path: str | Path) -> dict[str, list[QuestionRecord]]:
     except OSError as exc:
         raise DataError(f"the log {path} cannot be read: {exc.strerror}.") from exc
     found: dict[str, tuple[str, dict[str, QuestionRecord]]] = {}
-    for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), start=1):
+    for number, line in enumerate(whole_lines(data), start=1):
         row, record = _parsed(line, file.name, number)
         name, key = str(row.get("configuration", "")), row["key"]
         if name not in found or found[name][0] != key:
@@ -80,25 +81,16 @@ class RunLog:
     """
 
     def __init__(self, path: str | Path, *, is_fresh: bool = False) -> None:
-        self.path = Path(path).expanduser()
+        self._log = LineLog(path, is_fresh=is_fresh)
         self._found: dict[tuple[str, str], QuestionRecord] = {}
-        self._file: IO[bytes] | None = None
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if is_fresh:
-                self.path.unlink(missing_ok=True)
-            self._whole, self._size = self._read()
-        except OSError as exc:
-            raise DataError(f"the log {path} cannot be used: {exc.strerror}.") from exc
-
-    def _read(self) -> tuple[int, int]:
-        """Take in what is there; returns the bytes of whole lines, and all bytes."""
-        data = self.path.read_bytes() if self.path.exists() else b""
-        whole = data[: data.rfind(b"\n") + 1]
-        for number, line in enumerate(whole.splitlines(), start=1):
+        for number, line in enumerate(self._log.lines, start=1):
             row, record = _parsed(line, self.path.name, number)
             self._found[row["key"], row["question"]] = record
-        return len(whole), len(data)
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._log.path
 
     @property
     def count(self) -> int:
@@ -123,23 +115,9 @@ class RunLog:
             "configuration": configuration,
             "record": record.to_json(),
         }
-        try:
-            file = self._open()
-            file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
-            file.flush()
-        except OSError as exc:
-            raise DataError(f"the log {self.path} cannot be written: {exc.strerror}.") from exc
+        self._log.append(row)
         self._found[key, question.sha256] = record
-
-    def _open(self) -> IO[bytes]:
-        """The file, opened when there is something to write."""
-        if self._file is None:
-            self._file = self.path.open("ab")
-            if self._whole < self._size:
-                self._file.truncate(self._whole)
-        return self._file
 
     def close(self) -> None:
         """Close the file."""
-        if self._file is not None:
-            self._file.close()
+        self._log.close()

@@ -10,7 +10,8 @@ import pytest
 import typer
 
 from dspark.commands.bench import bench_command
-from dspark.commands.bench_table import print_table
+from dspark.commands.bench_table import bench_tables
+from dspark.commands.tables import print_wide
 from dspark.errors import CheckpointError, ConfigError, DataError, DsparkError
 from dspark.eval.bench_log import BenchLog
 from tests.eval.fake_server import serving
@@ -124,7 +125,7 @@ def test_the_figures_are_of_all_configurations(
             assert cell["same_text"] == {"equal": 4, "of": 4}
             assert cell["speedup"]["over"] == "none"
             assert sum(cell["stage_share"].values()) == pytest.approx(1)
-    print_table(found)  # what a terminal gets
+    print_wide(bench_tables(found))  # what a terminal gets
     shown = capsys.readouterr().out
     for word in ("over none", "K/V cache", "first p50", "same text", "4/4", CHAIN):
         assert word in shown

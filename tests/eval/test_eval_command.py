@@ -10,7 +10,8 @@ import pytest
 import typer
 
 from dspark.commands.eval import eval_command
-from dspark.commands.eval_table import print_table
+from dspark.commands.eval_table import eval_tables
+from dspark.commands.tables import print_wide
 from dspark.errors import ConfigError, DataError, DsparkError
 from dspark.eval.log import RunLog
 from tests.test_cli import TEMPLATE, save_model
@@ -70,7 +71,7 @@ def test_json_is_the_result_and_the_only_output(
     assert printed.err == ""
     found = json.loads(printed.out)
     assert found == json.loads(out.read_text())
-    print_table(found)  # what a terminal gets instead
+    print_wide(eval_tables(found))  # what a terminal gets instead
     shown = capsys.readouterr().out
     assert "accept_len" in shown
     assert f"{found['configurations'][1]['acceptance']['tau']:.2f}" in shown
