@@ -40,6 +40,8 @@ class LoadOptions:
         is_reference: Run the model as its own library does, for plain decoding only.
         has_many_rows: Forwards will have hundreds of rows (training), not a few: choose kernels
             for that. Goes with exact=False.
+        path: How a wrapped target runs: "fused" (dspark.adapters.fused), "plain" (stock modules),
+            or "auto", the faster one on this machine.
     """
 
     name: str
@@ -50,6 +52,7 @@ class LoadOptions:
     expert_memory: int | None = None
     is_reference: bool = False
     has_many_rows: bool = False
+    path: str = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

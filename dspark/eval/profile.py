@@ -51,6 +51,7 @@ class ProfileKey:
         exact: Exact mode was on.
         torch: Version of torch, "" where it is not known.
         expert_memory: Bytes that routed experts were held to, None for no limit.
+        backend: Kernel of the linear layers, which decides what rows cost.
     """
 
     target: str
@@ -61,6 +62,7 @@ class ProfileKey:
     exact: bool
     torch: str = ""
     expert_memory: int | None = None
+    backend: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -52,6 +52,7 @@ def key_of(
         exact=bool(found["exact"]["enabled"]),
         torch=found["libraries"].get("torch", ""),
         expert_memory=expert_memory,
+        backend=found["exact"]["backend"],
     )
 
 

@@ -18,6 +18,7 @@ from transformers.utils import logging as hf_logging
 
 from dspark import exactness
 from dspark.adapters.base import FamilyAdapter
+from dspark.adapters.fused.choose import choose_target
 from dspark.adapters.hf import exact, experts
 from dspark.adapters.hf.attention import (
     ATTENTION_NAME,
@@ -80,12 +81,14 @@ class TransformersLoader:
         model = _load_weights(folder, config, dtype, device, attention=ATTENTION_NAME)
         codec = load_codec(folder)
         generation = generation_config(folder)
-        target = wrap_model(
-            model,
-            adapter,
-            options,
-            eos_token_ids=_eos_ids(config, generation, codec.eos_token_ids if codec else ()),
-            fingerprint=fingerprint_weights(folder),
+        eos = _eos_ids(config, generation, codec.eos_token_ids if codec else ())
+        weights = fingerprint_weights(folder)
+
+        def plain() -> HFTarget:
+            return wrap_model(model, adapter, options, eos_token_ids=eos, fingerprint=weights)
+
+        target = choose_target(
+            model, adapter, options, plain, eos_token_ids=eos, fingerprint=weights
         )
         sampling = sampling_defaults(folder)
         return LoadedTarget(target=target, codec=codec, sampling=sampling, folder=folder)

@@ -1,0 +1,230 @@
+"""The fused decoder: packed weights, rotary tables and working memory around one C call."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dspark.adapters.fused import structures
+from dspark.adapters.fused.layout import DecoderParts, LayerParts
+from dspark.adapters.fused.library import Library
+from dspark.adapters.fused.packing import PackedMatrix, pack_gated, pack_stacked
+from dspark.adapters.hf.store import SUM_COLUMNS, StoreCache
+from dspark.target import TokenBatch
+
+__all__ = ["FusedDecoder"]
+
+_LEAST_POSITIONS = 1024
+"""Rows of a rotary table to begin with; it doubles as longer contexts come."""
+
+
+class FusedDecoder:
+    """Runs the layers and the head of a decoder over the K/V store.
+
+    Args:
+        parts: The model, taken apart.
+        library: The kernels.
+        lets_go: Empty the weights of the stock modules as they are packed, so that a model is never
+            in memory twice. The modules cannot be used afterwards.
+
+    Attributes:
+        bytes_read: Bytes of weights that a step reads.
+        is_half: All weights are stored as bfloat16.
+    """
+
+    def __init__(self, parts: DecoderParts, library: Library, *, lets_go: bool) -> None:
+        self._library = library
+        self._embedding = parts.embedding
+        self._rotary = parts.rotary
+        self.dtype = parts.dtype
+        self.hidden = int(parts.norm.shape[0])
+        self.num_layers = len(parts.layers)
+        self._kept: list[Tensor | PackedMatrix | None] = [parts.norm]
+        self._rope_keys = sorted({layer.rope for layer in parts.layers})
+        self._rope: dict[str, Tensor] = {}
+        self._head_dim = parts.head_dim
+        layers = []
+        for layer in parts.layers:
+            layers.append(self._pack_layer(layer, library.lanes))
+            if lets_go:
+                _let_go((*layer.qkv, layer.out, layer.gate, layer.up, layer.down))
+        self._layers = (structures.Layer * len(layers))(*layers)
+        self.head = pack_stacked([parts.head], library.lanes)
+        if lets_go and parts.head.weight is not parts.embedding.weight:
+            _let_go([parts.head])
+        self._model = structures.Model(
+            layers=len(layers),
+            hidden=self.hidden,
+            inner=parts.layers[0].down.in_features,
+            heads=parts.heads,
+            kv_heads=parts.kv_heads,
+            head_dim=parts.head_dim,
+            sum_columns=SUM_COLUMNS,
+            activation=parts.activation,
+            is_rounded=int(parts.dtype == torch.bfloat16),
+            rounds_unit_norm=int(not parts.layout.is_norm_offset),
+            eps=parts.eps,
+            logit_softcap=parts.logit_softcap,
+            layer=ctypes.addressof(self._layers),
+            norm=structures.address(parts.norm),
+            head=structures.matrix(self.head),
+        )
+        packed = [item for item in (*self._kept, self.head) if isinstance(item, PackedMatrix)]
+        self.bytes_read = sum(item.data.nbytes for item in packed)
+        self.is_half = all(item.is_half for item in packed)
+        self._work = torch.empty(0)
+
+    def _pack_layer(self, layer: LayerParts, lanes: int) -> structures.Layer:
+        matrices = (
+            pack_stacked(layer.qkv, lanes),
+            pack_stacked([layer.out], lanes),
+            pack_gated(layer.gate, layer.up, lanes),
+            pack_stacked([layer.down], lanes),
+        )
+        norms = (*layer.norms, *layer.head_norms)
+        self._kept.extend((*matrices, *norms))
+        return structures.Layer(
+            *(structures.matrix(item) for item in matrices),
+            *(structures.address(norm) for norm in norms),
+            layer.window,
+            self._rope_keys.index(layer.rope),
+            layer.scale,
+            layer.softcap,
+        )
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Token ids [n] -> what the first layer gets, [n, D], in the model's dtype."""
+        rows: Tensor = self._embedding(token_ids)
+        return rows
+
+    def forward(
+        self, batch: TokenBatch, cache: StoreCache, wanted: Sequence[int]
+    ) -> tuple[Tensor, Mapping[int, Tensor]]:
+        """Run a batch; its rows' K/V are written behind the slots' contexts.
+
+        Args:
+            batch: The rows; `cache.begin` was called with it.
+            cache: A float32 store.
+            wanted: Layers whose outputs to keep, -1 to the number of layers.
+
+        Returns:
+            (logits of the output rows [M, V], {layer: [N, D]}), in the model's dtype.
+        """
+        n, outputs = batch.num_rows, len(batch.output_rows)
+        x = self.embed(torch.from_numpy(batch.token_ids))
+        kept = {-1: x} if -1 in wanted else {}
+        x = x.to(torch.float32, copy=True).contiguous()
+        for layer in wanted:
+            if 0 <= layer < self.num_layers:
+                kept[layer] = torch.empty_like(x)
+        normed = torch.empty_like(x)
+        logits = torch.empty(outputs, self.head.outputs)
+        spans, pieces, columns = _places(batch, cache)
+        capture = (ctypes.c_void_p * self.num_layers)(
+            *(structures.address(kept.get(layer)) for layer in range(self.num_layers))
+        )
+        tables = self._tables(int(batch.positions.max()) + 1)
+        arrays = [_int64(a) for a in (batch.positions, batch.parent, batch.output_rows)]
+        threads = torch.get_num_threads()
+        step = structures.Step(
+            n,
+            len(batch.spans),
+            outputs,
+            threads,
+            ctypes.addressof(spans),
+            ctypes.addressof(pieces),
+            *(a.ctypes.data for a in arrays),
+            ctypes.addressof(tables),
+            structures.address(x),
+            ctypes.addressof(capture),
+            structures.address(normed),
+            structures.address(logits),
+            self._room(n, outputs, columns, threads),
+        )
+        self._library.forward(ctypes.addressof(self._model), ctypes.addressof(step))
+        if self.num_layers in wanted:
+            kept[self.num_layers] = normed
+        return logits.to(self.dtype), {k: v.to(self.dtype) for k, v in kept.items()}
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        """Normed hidden states [n, D] -> logits [n, V], in the model's dtype."""
+        rows = hidden.to(self.dtype).float().contiguous()
+        n, threads = rows.shape[0], torch.get_num_threads()
+        logits = torch.empty(n, self.head.outputs)
+        step = structures.Step(
+            outputs=n,
+            threads=threads,
+            normed=structures.address(rows),
+            logits=structures.address(logits),
+            work=self._room(0, n, 0, threads),
+        )
+        self._library.unembed(ctypes.addressof(self._model), ctypes.addressof(step))
+        return logits.to(self.dtype)
+
+    def _room(self, rows: int, outputs: int, columns: int, threads: int) -> int:
+        """Address of enough working memory, kept from call to call."""
+        floats = self._library.work_floats(
+            ctypes.addressof(self._model), rows, outputs, columns, threads
+        )
+        if self._work.numel() < floats:
+            self._work = torch.empty(floats + floats // 4)
+        return self._work.data_ptr()
+
+    def _tables(self, positions: int) -> ctypes.Array[ctypes.c_void_p]:
+        """Rotary tables that reach at least so many positions, one address per key."""
+        pointers = []
+        for key in self._rope_keys:
+            table = self._rope.get(key)
+            while table is None or table.shape[0] < positions:
+                have = 0 if table is None else table.shape[0]
+                more = self._rotate(key, have, max(_LEAST_POSITIONS, 2 * have))
+                table = more if table is None else torch.cat([table, more])
+                self._rope[key] = table
+            pointers.append(table.data_ptr())
+        return (ctypes.c_void_p * len(pointers))(*pointers)
+
+    def _rotate(self, key: str, start: int, stop: int) -> Tensor:
+        """Cosines and sines of positions start .. stop - 1: [stop - start, 2, d / 2]."""
+        ids = torch.arange(start, stop)[None]
+        parts = self._rotary(torch.zeros(1, dtype=self.dtype), ids, key)
+        halves = [part[0, :, : self._head_dim // 2].float() for part in parts]
+        return torch.stack(halves, dim=1).contiguous()
+
+
+def _places(
+    batch: TokenBatch, cache: StoreCache
+) -> tuple[ctypes.Array[structures.Span], ctypes.Array[structures.Piece], int]:
+    """Where the batch's slots lie, and the most columns of one."""
+    spans: list[structures.Span] = []
+    pieces: list[structures.Piece] = []
+    columns = 0
+    for span in batch.spans:
+        state, rows = cache.state(span.slot), span.stop - span.start
+        columns = max(columns, state.length + rows)
+        spans.append(
+            structures.Span(
+                span.start, rows, state.length, len(pieces), len(state.pieces), int(span.is_chain)
+            )
+        )
+        for piece in state.pieces:
+            keys, values = piece.segment.keys[0], piece.segment.values[0]
+            pieces.append(
+                structures.Piece(
+                    piece.start, piece.columns, keys.shape[2], keys.data_ptr(), values.data_ptr()
+                )
+            )
+    places = (structures.Span * len(spans))(*spans), (structures.Piece * len(pieces))(*pieces)
+    return *places, columns
+
+
+def _int64(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array, dtype=np.int64)
+
+
+def _let_go(linears: Sequence[nn.Linear]) -> None:
+    for linear in linears:
+        linear.weight = nn.Parameter(torch.empty(0), requires_grad=False)

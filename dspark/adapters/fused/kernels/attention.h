@@ -1,0 +1,308 @@
+// Norms, rotary embedding and attention over the K/V store, row by row and head by head.
+//
+// Scores are made LANES columns at a time from keys that are transposed in registers; a softmax
+// sums by position, in vectors that start at multiples of LANES; values are added in order of
+// position. A node of a tree reads its ancestors in order of depth, so its sums are those of plain
+// decoding.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "step.h"
+#include "vectors.h"
+
+#define MOST_QUERIES 32  // rows times heads of a group that share what is read of keys and values
+
+static void normalize(const Model& m, const float* x, const float* weight, int64_t n, float* out) {
+  Floats squares = Floats{};
+  for (int64_t i = 0; i < n; i += LANES) {
+    Floats v = load(x + i);
+    squares += v * v;
+  }
+  float factor = 1.0f / std::sqrt(total(squares) / (float)n + m.eps);
+  for (int64_t i = 0; i < n; i += LANES) {
+    Floats unit = load(x + i) * factor;
+    if (m.rounds_unit_norm) unit = rounded(unit, m.is_rounded);
+    store(out + i, rounded(unit * load(weight + i), m.is_rounded));
+  }
+}
+
+static float round_one(float v, bool is_rounded) {
+  if (!is_rounded || v != v) return v;
+  uint32_t bits;
+  memcpy(&bits, &v, 4);
+  bits = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
+  memcpy(&v, &bits, 4);
+  return v;
+}
+
+static void rotate(const Model& m, float* x, const float* table) {
+  int64_t half = m.head_dim / 2;
+  const float *cosine = table, *sine = table + half;
+  if (!m.is_rounded) {
+    for (int64_t i = 0; i < half; i++) {
+      float a = x[i], b = x[i + half];
+      x[i] = a * cosine[i] - b * sine[i];
+      x[i + half] = b * cosine[i] + a * sine[i];
+    }
+    return;
+  }
+  for (int64_t i = 0; i < half; i++) {
+    float a = x[i], b = x[i + half];
+    x[i] = round_one(round_one(a * cosine[i], true) - round_one(b * sine[i], true), true);
+    x[i + half] = round_one(round_one(b * cosine[i], true) + round_one(a * sine[i], true), true);
+  }
+}
+
+template <int S, int... I>
+INLINE void exchange(Floats& a, Floats& b, std::integer_sequence<int, I...>) {
+  Floats low = __builtin_shufflevector(a, b, ((I & S) ? LANES + I - S : I)...);
+  b = __builtin_shufflevector(a, b, ((I & S) ? LANES + I : I + S)...);
+  a = low;
+}
+
+template <int S>
+INLINE void transpose_steps(Floats* rows) {
+  if constexpr (S > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++)
+      if (!(i & S)) exchange<S>(rows[i], rows[i + S], std::make_integer_sequence<int, LANES>());
+    transpose_steps<S / 2>(rows);
+  }
+}
+
+// LANES keys [LANES, dim] -> [dim, LANES].
+static void transpose(const float* keys, int64_t dim, float* out) {
+  for (int64_t d = 0; d < dim; d += LANES) {
+    Floats rows[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) rows[i] = load(keys + i * dim + d);
+    transpose_steps<LANES / 2>(rows);
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) store(out + (d + i) * LANES, rows[i]);
+  }
+}
+
+template <int Q>
+static void score(const float* const* query, const float* keys, int64_t dim, float* const* out) {
+  Floats sum[Q];
+#pragma GCC unroll 8
+  for (int q = 0; q < Q; q++) sum[q] = Floats{};
+  for (int64_t d = 0; d < dim; d++) {
+    Floats key = load(keys + d * LANES);
+#pragma GCC unroll 8
+    for (int q = 0; q < Q; q++) sum[q] += key * query[q][d];
+  }
+#pragma GCC unroll 8
+  for (int q = 0; q < Q; q++) store(out[q], sum[q]);
+}
+
+// out[q] += sum over columns of weight[q][column] * values[column], V vectors wide.
+template <int Q, int V>
+static void gather_values(const float* const* weight, const float* values, int64_t stride,
+                          int64_t columns, float* const* out) {
+  Floats sum[Q][V];
+#pragma GCC unroll 8
+  for (int q = 0; q < Q; q++)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) sum[q][v] = load(out[q] + v * LANES);
+  for (int64_t c = 0; c < columns; c++) {
+    Floats value[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) value[v] = load(values + c * stride + v * LANES);
+#pragma GCC unroll 8
+    for (int q = 0; q < Q; q++) {
+      float w = weight[q][c];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) sum[q][v] += value[v] * w;
+    }
+  }
+#pragma GCC unroll 8
+  for (int q = 0; q < Q; q++)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) store(out[q] + v * LANES, sum[q][v]);
+}
+
+struct Attention {
+  const Model& model;
+  const Step& step;
+  const Layer& layer;
+  int64_t index;         // of the layer
+  const float* qkv;      // [rows, (heads + 2 kv_heads) * head_dim], queries scaled
+  float* out;            // [rows, heads * head_dim]
+  const int64_t* depth;  // [rows]: own rows before a row on its path
+  const int64_t* const* path;  // rows of the span on a tree row's path, itself included
+
+  int64_t width() const { return (model.heads + 2 * model.kv_heads) * model.head_dim; }
+
+  const Piece& piece_of(const Span& span, int64_t column) const {
+    const Piece* p = step.piece + span.piece;
+    while (column >= p->start + p->columns) p++;
+    return *p;
+  }
+
+  float* key(const Piece& p, int64_t head, int64_t column) const {
+    int64_t row = (index * model.kv_heads + head) * p.tokens + column - p.start;
+    return p.keys + row * model.head_dim;
+  }
+
+  float* value(const Piece& p, int64_t head, int64_t column) const {
+    int64_t row = (index * model.kv_heads + head) * p.tokens + column - p.start;
+    return p.values + row * (model.head_dim + model.sum_columns);
+  }
+
+  void score_block(const float* const* query, int64_t queries, const float* keys, float* scores,
+                   int64_t stride) const {
+    for (int64_t q = 0; q < queries;) {
+      float* to[8];
+      for (int i = 0; i < 8; i++) to[i] = scores + (q + i) * stride;
+      int64_t left = queries - q;
+      if (left >= 8) score<8>(query + q, keys, model.head_dim, to), q += 8;
+      else if (left >= 4) score<4>(query + q, keys, model.head_dim, to), q += 4;
+      else if (left >= 3) score<3>(query + q, keys, model.head_dim, to), q += 3;
+      else if (left >= 2) score<2>(query + q, keys, model.head_dim, to), q += 2;
+      else score<1>(query + q, keys, model.head_dim, to), q += 1;
+    }
+  }
+
+  // Scores -> weights in place; weights outside [low, high) become 0. Returns their sum.
+  float weigh(float* scores, int64_t first, int64_t end, int64_t low, int64_t high) const {
+    const float infinity = __builtin_inff();
+    Ints lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    Floats most = all(-infinity);
+    for (int64_t c = first; c < end; c += LANES) {
+      Ints column = lane + (int32_t)c;
+      Ints seen = (column >= (int32_t)low) & (column < (int32_t)high);
+      Floats s = load(scores + c - first);
+      if (layer.softcap != 0.0f)
+        s = layer.softcap * hyperbolic_tangent(s / layer.softcap);
+      s = choose(seen, s, all(-infinity));
+      store(scores + c - first, s);
+      most = larger(s, most);
+    }
+    float top = most[0];
+    for (int i = 1; i < LANES; i++) top = most[i] > top ? most[i] : top;
+    Floats sum = Floats{};
+    for (int64_t c = first; c < end; c += LANES) {
+      Floats s = load(scores + c - first);
+      Floats w = choose(s == all(-infinity), Floats{}, exponential(s - top));
+      store(scores + c - first, w);
+      sum += w;
+    }
+    return total(sum);
+  }
+
+  template <int Q>
+  void add_values(const float* const* weight, const float* values, int64_t columns,
+                  float* const* sums) const {
+    int64_t stride = model.head_dim + model.sum_columns, d = 0;
+    float* to[Q];
+    for (; d + 4 * LANES <= model.head_dim; d += 4 * LANES) {
+      for (int q = 0; q < Q; q++) to[q] = sums[q] + d;
+      gather_values<Q, 4>(weight, values + d, stride, columns, to);
+    }
+    for (; d < model.head_dim; d += LANES) {
+      for (int q = 0; q < Q; q++) to[q] = sums[q] + d;
+      gather_values<Q, 1>(weight, values + d, stride, columns, to);
+    }
+  }
+
+  void run(const Span& span, int64_t head, int64_t row, int64_t rows, float* work) const {
+    const int64_t group = model.heads / model.kv_heads, dim = model.head_dim;
+    const int64_t queries = rows * group;
+    const int64_t own = span.row + row;  // first row of the batch
+    int64_t end = span.is_chain ? span.length + row + rows : span.length + span.rows;
+    int64_t first = 0;
+    if (layer.window > 0) {
+      first = end;
+      for (int64_t r = 0; r < rows; r++)
+        first = std::min(first, span.length + depth[own + r] - layer.window + 1);
+      if (!span.is_chain) first = std::min(first, span.length);
+      first = std::max<int64_t>(0, first) / LANES * LANES;
+    }
+    const int64_t stride = (end - first + LANES - 1) / LANES * LANES;
+    float* keys = work;
+    float* sums = keys + dim * LANES;
+    float* scores = sums + MOST_QUERIES * dim;
+    const float* query[MOST_QUERIES];
+    for (int64_t q = 0; q < queries; q++)
+      query[q] = qkv + (own + q / group) * width() + (head * group + q % group) * dim;
+
+    for (int64_t c = first; c < end; c += LANES) {
+      transpose(key(piece_of(span, c), head, c), dim, keys);
+      score_block(query, queries, keys, scores + c - first, stride);
+    }
+    float total_weight[MOST_QUERIES];
+    for (int64_t q = 0; q < queries; q++) {
+      const int64_t r = own + q / group;
+      float* s = scores + q * stride;
+      if (!span.is_chain)  // the path's columns side by side, as plain decoding has them
+        for (int64_t i = 0; i <= depth[r]; i++)
+          s[span.length + i - first] = s[span.length + path[r][i] - first];
+      const int64_t high = span.length + depth[r] + 1;
+      const int64_t low = layer.window > 0 ? high - layer.window : 0;
+      total_weight[q] = weigh(s, first, end, low, high);
+    }
+    memset(sums, 0, queries * dim * sizeof(float));
+    const int64_t shared = span.is_chain ? end : span.length;
+    for (int64_t c = first; c < shared;) {
+      const Piece& p = piece_of(span, c);
+      const int64_t stop = std::min(shared, p.start + p.columns);
+      add_shared(scores + c - first, stride, queries, value(p, head, c), stop - c, sums);
+      c = stop;
+    }
+    for (int64_t q = 0; q < queries; q++) {
+      float* sum = sums + q * dim;
+      const int64_t r = own + q / group;
+      if (!span.is_chain)
+        for (int64_t i = 0; i <= depth[r]; i++) {
+          const float* weight = scores + q * stride + span.length + i - first;
+          const int64_t column = span.length + path[r][i];
+          add_values<1>(&weight, value(piece_of(span, column), head, column), 1, &sum);
+        }
+      float* to = out + r * model.heads * dim + (head * group + q % group) * dim;
+      for (int64_t d = 0; d < dim; d += LANES)
+        store(to + d, rounded(load(sum + d) / total_weight[q], model.is_rounded));
+    }
+  }
+
+  void add_shared(const float* weights, int64_t stride, int64_t queries, const float* values,
+                  int64_t columns, float* sums) const {
+    for (int64_t q = 0; q < queries;) {
+      const float* weight[6];
+      float* to[6];
+      for (int i = 0; i < 6; i++)
+        weight[i] = weights + (q + i) * stride, to[i] = sums + (q + i) * model.head_dim;
+      int64_t left = queries - q;
+      if (left >= 6) add_values<6>(weight, values, columns, to), q += 6;
+      else if (left >= 3) add_values<3>(weight, values, columns, to), q += 3;
+      else if (left >= 2) add_values<2>(weight, values, columns, to), q += 2;
+      else add_values<1>(weight, values, columns, to), q += 1;
+    }
+  }
+
+  // Norm, rotate and scale one head's query, or norm, rotate and keep one head's key, or its value.
+  void prepare(const Span& span, int64_t row, int64_t item, float* heads) const {
+    const int64_t dim = model.head_dim;
+    float* x = heads + item * dim;
+    const bool is_query = item < model.heads;
+    const bool is_key = !is_query && item < model.heads + model.kv_heads;
+    if (is_query || is_key) {
+      const float* weight = is_query ? layer.norm_query : layer.norm_key;
+      if (weight) normalize(model, x, weight, dim, x);
+      rotate(model, x, step.rope[layer.rope] + step.positions[row] * dim);
+    }
+    if (is_query) {
+      for (int64_t d = 0; d < dim; d += LANES) store(x + d, load(x + d) * layer.scale);
+      return;
+    }
+    const int64_t column = span.length + row - span.row;
+    const Piece& p = piece_of(span, column);
+    const int64_t head = item - model.heads - (is_key ? 0 : model.kv_heads);
+    memcpy(is_key ? key(p, head, column) : value(p, head, column), x, dim * sizeof(float));
+  }
+};

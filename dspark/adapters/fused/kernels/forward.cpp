@@ -1,0 +1,229 @@
+// A whole decoder forward over the flattened ragged batch, in one call.
+//
+// Every sum has an order of its own that depends on nothing but the row: a product adds its inputs
+// one after another, whatever the number of rows; a softmax sums by position, in vectors that start
+// at multiples of LANES; a node of a tree reads its ancestors in order of depth, as plain decoding
+// would. Threads part outputs, rows and heads, never a sum. So a row has the same bits in any
+// company, which the check at load and the tests confirm rather than bring about.
+//
+// Activations are float32. For a bfloat16 model they are rounded wherever the stock modules round.
+// Weights are packed in panels of 2 * LANES outputs, either as float32, or as bfloat16 in pairs of
+// neighbouring inputs that a shift and a mask widen in registers.
+
+#include <vector>
+
+#include "attention.h"
+#include "products.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+struct Item {
+  int64_t span, head, row, rows;
+};
+
+struct Plan {
+  std::vector<int64_t> depth, path_rows;
+  std::vector<const int64_t*> path;
+  std::vector<int64_t> span_of;
+  std::vector<Item> items;
+  int64_t columns = 0;
+
+  Plan(const Model& m, const Step& s) : depth(s.rows), path(s.rows, nullptr), span_of(s.rows) {
+    size_t room = 0;
+    const int64_t group = m.heads / m.kv_heads;
+    for (int64_t i = 0; i < s.spans; i++) {
+      const Span& span = s.span[i];
+      columns = std::max(columns, span.length + span.rows);
+      for (int64_t r = span.row; r < span.row + span.rows; r++) {
+        span_of[r] = i;
+        depth[r] = s.parent[r] < 0 ? 0 : depth[s.parent[r]] + 1;
+        if (!span.is_chain) room += depth[r] + 1;
+      }
+      const int64_t most = std::max<int64_t>(1, MOST_QUERIES / group);
+      int64_t tiles = (span.rows + most - 1) / most;
+      if (tiles * m.kv_heads < 2 * s.threads) tiles = std::min(span.rows, 2 * tiles);
+      for (int64_t h = 0; h < m.kv_heads; h++)
+        for (int64_t t = 0; t < tiles; t++) {
+          int64_t a = span.rows * t / tiles, b = span.rows * (t + 1) / tiles;
+          items.push_back({i, h, a, b - a});
+        }
+    }
+    path_rows.resize(room);
+    int64_t* next = path_rows.data();
+    for (int64_t r = 0; r < s.rows; r++) {
+      const Span& span = s.span[span_of[r]];
+      if (span.is_chain) continue;
+      path[r] = next;
+      int64_t at = r;
+      for (int64_t i = depth[r]; i >= 0; i--, at = s.parent[at]) next[i] = at - span.row;
+      next += depth[r] + 1;
+    }
+  }
+};
+
+static int64_t padded(int64_t n) { return (n + 63) / 64 * 64; }
+
+static int64_t scratch_floats(const Model& m, int64_t columns) {
+  return padded(m.head_dim * LANES + MOST_QUERIES * (m.head_dim + columns + 2 * LANES));
+}
+
+struct Forward {
+  const Model& m;
+  const Step& s;
+  const Plan plan;
+  float *normed, *qkv, *mixed, *inner, *y, *chosen, *scratch;
+
+  Forward(const Model& model, const Step& step) : m(model), s(step), plan(model, step) {
+    const int64_t heads = m.heads * m.head_dim, all_heads = heads + 2 * m.kv_heads * m.head_dim;
+    float* next = s.work;
+    auto take = [&](int64_t n) {
+      float* p = next;
+      next += padded(n);
+      return p;
+    };
+    normed = take(s.rows * m.hidden);
+    qkv = take(s.rows * all_heads);
+    mixed = take(s.rows * heads);
+    inner = take(s.rows * m.inner);
+    y = take(s.rows * m.hidden);
+    chosen = take(s.outputs * m.hidden);
+    scratch = next;
+  }
+
+  // x += y (behind a norm, if there is one); then the next norm of x.
+  void residual(const float* after, const float* before, float* keep, float* out, Worker me,
+                bool has_y) const {
+    for (int64_t r = me.index; r < s.rows; r += me.count) {
+      float *x = s.x + r * m.hidden, *add = y + r * m.hidden;
+      if (has_y) {
+        if (after) normalize(m, add, after, m.hidden, add);
+        for (int64_t i = 0; i < m.hidden; i += LANES)
+          store(x + i, rounded(load(x + i) + load(add + i), m.is_rounded));
+      }
+      if (keep) memcpy(keep + r * m.hidden, x, m.hidden * sizeof(float));
+      normalize(m, x, before, m.hidden, out + r * m.hidden);
+    }
+  }
+
+  void product(const Matrix& w, const float* x, int64_t rows, float* out, int64_t stride,
+               Worker me, bool gates = false) const {
+    Product{w, x, rows, out, stride, m, gates}.run(me);
+  }
+
+  void attend(const Layer& layer, int64_t index, Worker me) const {
+    const int64_t dim = m.head_dim, per_row = m.heads + 2 * m.kv_heads;
+    Attention a{m, s, layer, index, qkv, mixed, plan.depth.data(), plan.path.data()};
+    const int64_t parts = s.rows * per_row;
+    for (int64_t i = me.first(parts); i < me.last(parts); i++) {
+      const int64_t row = i / per_row;
+      a.prepare(s.span[plan.span_of[row]], row, i % per_row, qkv + row * per_row * dim);
+    }
+#pragma omp barrier
+    float* work = scratch + me.index * scratch_floats(m, plan.columns);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < (int64_t)plan.items.size(); i++) {
+      const Item& item = plan.items[i];
+      a.run(s.span[item.span], item.head, item.row, item.rows, work);
+    }  // ends with a barrier
+  }
+
+  void run(Worker me) const {
+    for (int64_t l = 0; l < m.layers; l++) {
+      const Layer& layer = m.layer[l];
+      residual(l ? m.layer[l - 1].norm_output : nullptr, layer.norm_in,
+               l ? s.capture[l - 1] : nullptr, normed, me, l > 0);
+#pragma omp barrier
+      product(layer.qkv, normed, s.rows, qkv, layer.qkv.outputs, me);
+#pragma omp barrier
+      attend(layer, l, me);
+      product(layer.out, mixed, s.rows, y, m.hidden, me);
+#pragma omp barrier
+      residual(layer.norm_attention, layer.norm_mlp, nullptr, normed, me, true);
+#pragma omp barrier
+      product(layer.gate_up, normed, s.rows, inner, m.inner, me, true);
+#pragma omp barrier
+      product(layer.down, inner, s.rows, y, m.hidden, me);
+#pragma omp barrier
+    }
+    residual(m.layer[m.layers - 1].norm_output, m.norm, s.capture[m.layers - 1], s.normed, me,
+             true);
+#pragma omp barrier
+    for (int64_t i = me.index; i < s.outputs; i += me.count)
+      memcpy(chosen + i * m.hidden, s.normed + s.output_rows[i] * m.hidden,
+             m.hidden * sizeof(float));
+#pragma omp barrier
+    unembed(chosen, s.outputs, s.logits, me);
+  }
+
+  void unembed(const float* x, int64_t rows, float* logits, Worker me) const {
+    product(m.head, x, rows, logits, m.head.outputs, me);
+    if (m.logit_softcap == 0.0f) return;
+#pragma omp barrier
+    const int64_t count = m.head.outputs, whole = count / LANES * LANES;
+    for (int64_t r = me.index; r < rows; r += me.count) {
+      float* row = logits + r * count;
+      for (int64_t i = 0; i < whole; i += LANES) store(row + i, capped(load(row + i)));
+      if (whole < count) {
+        float part[LANES] = {};
+        memcpy(part, row + whole, (count - whole) * sizeof(float));
+        store(part, capped(load(part)));
+        memcpy(row + whole, part, (count - whole) * sizeof(float));
+      }
+    }
+  }
+
+  Floats capped(Floats v) const {
+    const bool rounds = m.is_rounded;
+    Floats t = rounded(hyperbolic_tangent(rounded(v / m.logit_softcap, rounds)), rounds);
+    return rounded(t * m.logit_softcap, rounds);
+  }
+};
+
+// Run body(worker) on up to `most` threads; a runtime may give fewer.
+template <typename Body>
+static void in_threads(int64_t most, const Body& body) {
+#ifdef _OPENMP
+#pragma omp parallel num_threads((int)most)
+  body(Worker{omp_get_thread_num(), omp_get_num_threads()});
+#else
+  (void)most;
+  body(Worker{0, 1});
+#endif
+}
+
+extern "C" {
+
+// Facts that the packing must know: lanes, mes that exist (1 without OpenMP).
+int64_t dspark_lanes() { return LANES; }
+
+int64_t dspark_has_threads() {
+#ifdef _OPENMP
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+int64_t dspark_work_floats(const Model* m, int64_t rows, int64_t outputs, int64_t columns,
+                           int64_t threads) {
+  const int64_t heads = m->heads * m->head_dim;
+  int64_t floats = 2 * padded(rows * m->hidden) + padded(rows * heads) + padded(rows * m->inner) +
+                   padded(rows * (heads + 2 * m->kv_heads * m->head_dim)) +
+                   padded(outputs * m->hidden);
+  return floats + threads * scratch_floats(*m, columns);
+}
+
+void dspark_forward(const Model* model, const Step* step) {
+  const Forward forward(*model, *step);
+  in_threads(step->threads, [&](Worker me) { forward.run(me); });
+}
+
+void dspark_unembed(const Model* model, const Step* step) {  // normed [outputs, hidden] -> logits
+  const Forward forward(*model, *step);
+  in_threads(step->threads, [&](Worker me) {
+    forward.unembed(step->normed, step->outputs, step->logits, me);
+  });
+}
+}

@@ -1,0 +1,199 @@
+// Linear layers: each output is one sum over the inputs in their order, for any number of rows.
+
+#pragma once
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+#include "step.h"
+#include "vectors.h"
+
+#define PANEL (2 * LANES)
+#define AHEAD 4096  // bytes that weights are fetched ahead
+
+template <int R>
+static void tile_half(const float* x, int64_t stride, const void* data, int64_t inputs,
+                      Floats (*out)[2]) {
+  Floats sum[R][2];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = Floats{};
+  const Ints* w = (const Ints*)data;
+  for (int64_t k = 0; k < inputs; k += 2, w += 2) {
+    __builtin_prefetch((const char*)w + AHEAD);
+    __builtin_prefetch((const char*)(w + 1) + AHEAD);
+    Floats even0 = (Floats)(w[0] << 16), even1 = (Floats)(w[1] << 16);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      float a = x[r * stride + k];
+      sum[r][0] += even0 * a;
+      sum[r][1] += even1 * a;
+    }
+    Floats odd0 = (Floats)(w[0] & (int32_t)0xffff0000), odd1 = (Floats)(w[1] & (int32_t)0xffff0000);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      float a = x[r * stride + k + 1];
+      sum[r][0] += odd0 * a;
+      sum[r][1] += odd1 * a;
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++) out[r][0] = sum[r][0], out[r][1] = sum[r][1];
+}
+
+template <int R>
+static void tile_full(const float* x, int64_t stride, const void* data, int64_t inputs,
+                      Floats (*out)[2]) {
+  Floats sum[R][2];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = Floats{};
+  const Floats* w = (const Floats*)data;
+  for (int64_t k = 0; k < inputs; k++, w += 2) {
+    __builtin_prefetch((const char*)w + AHEAD);
+    __builtin_prefetch((const char*)(w + 1) + AHEAD);
+    Floats w0 = w[0], w1 = w[1];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      float a = x[r * stride + k];
+      sum[r][0] += w0 * a;
+      sum[r][1] += w1 * a;
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++) out[r][0] = sum[r][0], out[r][1] = sum[r][1];
+}
+
+typedef void (*Tile)(const float*, int64_t, const void*, int64_t, Floats (*)[2]);
+
+// DSPARK_PAIRS computes what AVX512-BF16 does with other instructions, for tests.
+#if defined(__AVX512BF16__) || defined(DSPARK_PAIRS)
+#define HAS_PAIRS true
+
+// sum + the products of two neighbouring inputs, both bfloat16.
+INLINE Floats add_pair(Floats sum, Ints weights, int32_t inputs) {
+#ifdef __AVX512BF16__
+  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weights,
+                                  (__m512bh)_mm512_set1_epi32(inputs));
+#else
+  Ints all_inputs = inputs - Ints{}, high = all_inputs & (int32_t)0xffff0000;
+  sum += (Floats)(weights & (int32_t)0xffff0000) * (Floats)high;
+  return sum + (Floats)(weights << 16) * (Floats)(all_inputs << 16);
+#endif
+}
+
+// As tile_half; x holds pairs of bfloat16, and so does its stride.
+template <int R>
+static void tile_pairs(const float* x, int64_t stride, const void* data, int64_t inputs,
+                       Floats (*out)[2]) {
+  Floats sum[R][2];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = Floats{};
+  const Ints* w = (const Ints*)data;
+  for (int64_t k = 0; k < inputs / 2; k++, w += 2) {
+    __builtin_prefetch((const char*)w + AHEAD);
+    __builtin_prefetch((const char*)(w + 1) + AHEAD);
+    Ints w0 = w[0], w1 = w[1];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      int32_t pair;
+      memcpy(&pair, x + r * stride + k, sizeof pair);
+      sum[r][0] = add_pair(sum[r][0], w0, pair);
+      sum[r][1] = add_pair(sum[r][1], w1, pair);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++) out[r][0] = sum[r][0], out[r][1] = sum[r][1];
+}
+#else
+#define HAS_PAIRS false
+#define tile_pairs tile_half
+#endif
+
+template <int... R>
+static Tile pick_tile(bool is_half, bool has_pairs, int rows, std::integer_sequence<int, R...>) {
+  static const Tile half[] = {tile_half<R + 1>...}, full[] = {tile_full<R + 1>...};
+  static const Tile pairs[] = {tile_pairs<R + 1>...};
+  return has_pairs ? pairs[rows - 1] : is_half ? half[rows - 1] : full[rows - 1];
+}
+
+// Rows of floats that are bfloat16 numbers -> rows of pairs, half as many floats wide.
+static void pack_pairs(const float* x, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; i += 2) {
+    uint32_t low, high;
+    memcpy(&low, x + i, sizeof low);
+    memcpy(&high, x + i + 1, sizeof high);
+    low = (low >> 16) | (high & 0xffff0000u);
+    memcpy(out + i / 2, &low, sizeof low);
+  }
+}
+
+// One thread's panels of out = x @ W. With `gates` an output is activation(gate) * up.
+struct Product {
+  const Matrix& matrix;
+  const float* x;
+  int64_t rows;
+  float* out;
+  int64_t out_stride;
+  const Model& model;
+  bool gates;
+
+  void keep(int64_t panel, int64_t row, const Floats* sum) const {
+    Floats a = sum[0], b = sum[1];
+    if (matrix.bias) {
+      a += load(matrix.bias + panel * PANEL);
+      b += load(matrix.bias + panel * PANEL + LANES);
+    }
+    a = rounded(a, model.is_rounded), b = rounded(b, model.is_rounded);
+    float* to = out + row * out_stride;
+    if (gates) {
+      Floats gate = rounded(activate(a, model.activation), model.is_rounded);
+      store(to + panel * LANES, rounded(gate * b, model.is_rounded));
+      return;
+    }
+    int64_t left = matrix.outputs - panel * PANEL;
+    if (left >= PANEL) {
+      store(to + panel * PANEL, a);
+      store(to + panel * PANEL + LANES, b);
+    } else {
+      float part[PANEL];
+      store(part, a), store(part + LANES, b);
+      memcpy(to + panel * PANEL, part, left * sizeof(float));
+    }
+  }
+
+  void run(Worker me) const {
+    int64_t first = me.first(matrix.panels), last = me.last(matrix.panels);
+    int64_t block = std::max<int64_t>(1, 98304 / (matrix.inputs * MOST_ROWS)) * MOST_ROWS;
+    int64_t bytes = matrix.inputs * PANEL * (matrix.is_half ? 2 : 4);
+    const bool has_pairs = HAS_PAIRS && matrix.is_half && model.is_rounded;
+    const int64_t stride = has_pairs ? matrix.inputs / 2 : matrix.inputs;
+    static thread_local std::vector<float> pairs;
+    for (int64_t start = 0; start < rows; start += block) {
+      int64_t count = std::min(block, rows - start);
+      int64_t tiles = (count + MOST_ROWS - 1) / MOST_ROWS;
+      const float* input = x + start * matrix.inputs;
+      if (has_pairs) {
+        pairs.resize(count * stride);
+        pack_pairs(input, count * matrix.inputs, pairs.data());
+        input = pairs.data();
+      }
+      for (int64_t panel = first; panel < last; panel++) {
+        const char* data = (const char*)matrix.data + panel * bytes;
+        // Full tiles first: while they compute, the next weights come; a rest is small and follows
+        // from the cache.
+        for (int64_t t = 0; t < tiles; t++) {
+          int64_t a = start + t * MOST_ROWS, b = std::min<int64_t>(start + count, a + MOST_ROWS);
+          Tile tile = pick_tile(matrix.is_half, has_pairs, (int)(b - a),
+                                std::make_integer_sequence<int, MOST_ROWS>());
+          Floats sums[MOST_ROWS][2];
+          tile(input + (a - start) * stride, stride, data, matrix.inputs, sums);
+          for (int64_t r = a; r < b; r++) keep(panel, r, sums[r - a]);
+        }
+      }
+    }
+  }
+};

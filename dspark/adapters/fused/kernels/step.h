@@ -1,0 +1,67 @@
+// The model and one forward, as dspark/adapters/fused/structures.py lays them out.
+
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+struct Matrix {
+  const void* data;
+  const float* bias;  // [outputs], or null
+  int64_t inputs, outputs, panels;
+  int64_t is_half;
+};
+
+struct Layer {
+  Matrix qkv, out, gate_up, down;  // gate_up: LANES gates, then LANES ups, in every panel
+  const float *norm_in, *norm_attention, *norm_mlp, *norm_output;  // 2nd and 4th may be null
+  const float *norm_query, *norm_key;                              // [head_dim], or null
+  int64_t window;                                                  // 0: none
+  int64_t rope;                                                    // which table
+  float scale, softcap;                                            // softcap 0: none
+};
+
+struct Model {
+  int64_t layers, hidden, inner, heads, kv_heads, head_dim, sum_columns;
+  int64_t activation;        // 0: SiLU, 1: GELU by tanh
+  int64_t is_rounded;        // bfloat16 model
+  int64_t rounds_unit_norm;  // bfloat16: the unit vector is rounded before its weight
+  float eps, logit_softcap;
+  const Layer* layer;
+  const float* norm;
+  Matrix head;
+};
+
+struct Piece {  // one segment of the K/V store: [layers, kv_heads, tokens, ...]
+  int64_t start, columns, tokens;
+  float *keys, *values;
+};
+
+struct Span {
+  int64_t row, rows, length, piece, pieces;
+  int64_t is_chain;
+};
+
+struct Step {
+  int64_t rows, spans, outputs, threads;
+  const Span* span;
+  const Piece* piece;
+  const int64_t *positions, *parent;  // parent within the batch
+  const int64_t* output_rows;
+  const float* const* rope;  // tables [positions, 2, head_dim / 2]: cosines, sines
+  float* x;                  // [rows, hidden], in: embeddings
+  float* const* capture;     // one per layer: [rows, hidden] or null
+  float* normed;             // [rows, hidden]
+  float* logits;             // [outputs, vocabulary]
+  float* work;               // dspark_work_floats()
+};
+}
+
+// One of the threads, and its share of things that are counted out.
+struct Worker {
+  int64_t index, count;
+
+  int64_t first(int64_t items) const { return items * index / count; }
+  int64_t last(int64_t items) const { return items * (index + 1) / count; }
+};
