@@ -4,7 +4,7 @@ What they say differently, all of it silent if read wrongly:
 
 | | eagle3 | deepspec | speculators |
 |---|---|---|---|
-| layer ids | `eagle_aux_hidden_state_layer_ids`: the INPUT of layer k | `target_layer_ids`: the OUTPUT of layer k | as eagle3 |
+| layer ids | `eagle_aux_hidden_state_layer_ids`, see below | `target_layer_ids`: the OUTPUT of layer k | as eagle3 |
 | decoder options | top level | top level | `transformer_layer_config` |
 | the layer | `midlayer.*` or `layers.0.*` | `layers.0.*` | `layers.0.*` |
 | vocabulary | `d2t` offsets, `t2d` | the target's | as eagle3, or the target's |
@@ -12,6 +12,13 @@ What they say differently, all of it silent if read wrongly:
 
 Here a layer id is always the output of decoder layer k, -1 the embeddings (dspark/target.py): the
 input of layer k is the output of k - 1.
+
+**`eagle_aux_hidden_state_layer_ids` has two meanings.** At top level (speculators, vLLM) it names
+INPUTS. Inside `eagle_config` SpecForge means OUTPUTS, as does SGLang for most targets: the usual
+three are 1, n/2 - 1, n - 4 there and 2, n/2, n - 3 at top level. Other checkpoints nest inputs, and
+vLLM takes every list for inputs. So nested ids that begin with 1 are outputs and others inputs, as
+SGLang does for DeepSeek-V3 (its #25454): the output of layer 0, which 1 as an input would be, is
+hardly ever read. Where both places have a list, the one at top level counts.
 
 **Source:** SafeAILab/EAGLE `eagle/model/cnets.py`; vLLM `llama_eagle3.py`; SpecForge; speculators
 `models/eagle3`; DeepSpec `modeling/eagle3`.
@@ -161,9 +168,13 @@ def _target_layers(raw: Mapping[str, Any], layout: Layout, target: TargetInfo) -
     names = (_IDS, "aux_hidden_state_layer_ids")
     for holder in (raw, nested):
         for name in names:
-            if holder.get(name) is not None:
-                # The "input" of the layer after the last is the last one's output.
-                return _layer_ids(holder, name, range(target.num_layers + 1), 1)
+            ids = holder.get(name)
+            if ids is None:
+                continue
+            if holder is nested and isinstance(ids, list) and ids[:1] == [1]:
+                return _layer_ids(holder, name, range(target.num_layers), 0)
+            # The "input" of the layer after the last is the last one's output.
+            return _layer_ids(holder, name, range(target.num_layers + 1), 1)
     layers = (1, target.num_layers // 2 - 1, target.num_layers - 4)
     if not 1 < layers[1] < layers[2]:
         raise ConfigError(

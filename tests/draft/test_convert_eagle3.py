@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dspark.draft.eagle3 import Eagle3Drafter
+from dspark.draft.eagle3_config import read_config
 from dspark.draft.eagle3_format import load_eagle3, save_eagle3
 from dspark.draft.formats.convert import convert_draft
 from dspark.draft.formats.programs import Program
@@ -79,14 +81,39 @@ def test_eagle3_drafts_come_back_and_draft_the_same(tmp_path, make_context, opti
 
 def test_eagle3_layers_are_named_as_each_engine_reads_them(tmp_path):
     source = save(tmp_path / "a", PLAIN)
-    made = {to: run_eagle3(source, tmp_path / to, to).folder for to in ("vllm", "sglang")}
+    programs = ("vllm", "sglang", "specforge")
+    made = {to: run_eagle3(source, tmp_path / to, to).folder for to in programs}
     config = {to: json.loads((path / "config.json").read_text()) for to, path in made.items()}
     name = "eagle_aux_hidden_state_layer_ids"
-    assert config["vllm"][name] == [2, 3, 5]
-    assert config["sglang"]["eagle_config"] == {"use_aux_hidden_state": True, name: [2, 3, 5]}
+    assert [config[to][name] for to in programs] == [[2, 3, 5]] * 3  # inputs
+    assert "eagle_config" not in config["vllm"]
+    nested = {"use_aux_hidden_state": True, name: [1, 2, 4]}  # outputs
+    assert config["sglang"]["eagle_config"] == config["specforge"]["eagle_config"] == nested
     qwen = run_eagle3(save(tmp_path / "q", QWEN), tmp_path / "v", "vllm").folder
     written = json.loads((qwen / "config.json").read_text())
     assert written["architectures"] == ["Eagle3Qwen3ForCausalLM"]
+
+
+@pytest.mark.parametrize(
+    ("top", "nested", "layers"),
+    [
+        (None, None, (1, 3, 4)),  # SpecForge's 1, n/2 - 1, n - 4 and vLLM's 2, n/2, n - 3
+        (None, [1, 3, 4], (1, 3, 4)),  # SpecForge, SGLang: outputs
+        (None, [2, 4, 5], (1, 3, 4)),  # begins with another: inputs
+        ([1, 3, 4], None, (0, 2, 3)),  # at top level always inputs
+        ([2, 4, 5], [1, 3, 4], (1, 3, 4)),  # both say the same
+    ],
+)
+def test_nested_eagle3_layers_name_outputs_where_they_begin_with_1(tmp_path, top, nested, layers):
+    name = "eagle_aux_hidden_state_layer_ids"
+    info = replace(E3, num_layers=8)
+    path = save(tmp_path / "a", PLAIN) / "config.json"
+    raw = json.loads(path.read_text())
+    raw.pop(name)
+    raw.pop("num_target_layers", None)
+    raw.update({} if top is None else {name: top})
+    raw.update({} if nested is None else {"eagle_config": {name: nested}})
+    assert read_config(raw, info, has_embedding=False).target_layers == layers
 
 
 def test_norm_output_means_something_else_in_specforge(tmp_path):
@@ -104,10 +131,11 @@ def test_norm_output_means_something_else_in_specforge(tmp_path):
         ({}, "deepspec", "qk_norm"),
         ({"target_layers": (4, 1, 2)}, "vllm", "target_layers"),
         ({"target_layers": (4, 1, 2)}, "sglang", "target_layers"),
-        ({"target_layers": (0, 1, 2)}, "sglang", "target_layers"),
+        ({"target_layers": (-1, 1, 2)}, "sglang", "target_layers"),
         ({"target_layers": (5,)}, "vllm", "target_layers"),
         ({"target_layers": (2,)}, "sglang", "target_layers"),
         ({"target_layers": (1, 2)}, "specforge", "target_layers"),
+        ({"target_layers": (-1, 1, 2)}, "specforge", "target_layers"),
         ({"norm_before_residual": True}, "sglang", "norm_before_residual"),
         ({"norm_before_fc": True}, "specforge", "norm_before_fc"),
         ({"attention_bias": True}, "sglang", "attention_bias"),

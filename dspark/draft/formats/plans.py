@@ -94,6 +94,7 @@ _UNROLLED: dict[Program, UnrolledLimits] = {
             "norm_output",
         ),
         num_layers=3,
+        first_layer=0,
     ),
     Program.VLLM: UnrolledLimits(
         refused=(*_GEMMA, "logit_softcap", "embed_scale"), reads_last=False, is_sorted=True
@@ -110,7 +111,7 @@ _UNROLLED: dict[Program, UnrolledLimits] = {
             "norm_before_fc",
         ),
         least_layers=2,  # of one as wide as the draft it would skip fc
-        first_layer=1,
+        first_layer=0,
         reads_last=False,
         is_sorted=True,
     ),

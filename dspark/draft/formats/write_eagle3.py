@@ -4,9 +4,12 @@ What differs from the three layouts of dspark.draft.eagle3_config, by program:
 
 | | |
 |---|---|
-| SpecForge | no `norm_output`: there it is the norm before the head, and on unless said otherwise |
+| SpecForge | no `norm_output`: there it is the norm before the head, on unless said otherwise |
+| SpecForge, SGLang | layer ids in `eagle_config` too, naming outputs; these alone are read |
 | vLLM | Qwen 3 layers are its class `Eagle3Qwen3ForCausalLM` |
-| SGLang | layer ids in `eagle_config`, too; they name inputs unless the first is 1 (its #25454) |
+
+SGLang 0.5.23 reads nested ids as outputs for targets of the families Llama, Qwen, Gemma, GLM and
+MiniMax; for DeepSeek-V3 and its kin only if the first is 1, for gpt-oss unless one is the last.
 """
 
 from __future__ import annotations
@@ -55,6 +58,7 @@ def write_unrolled_config(
         raw.pop("norm_output")
     if to is Program.VLLM and config.qk_norm:
         raw["architectures"] = ["Eagle3Qwen3ForCausalLM"]
-    if to is Program.SGLANG:
-        raw["eagle_config"] = {"use_aux_hidden_state": True, _IDS: raw[_IDS]}
+    if to in (Program.SGLANG, Program.SPECFORGE):
+        outputs = list(config.target_layers)
+        raw["eagle_config"] = {"use_aux_hidden_state": True, _IDS: outputs}
     return raw
