@@ -6,19 +6,22 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from dspark.draft.base import Drafter
 from dspark.engine import Engine, EngineConfig
 from dspark.errors import CapabilityError, ConfigError, DataError
-from dspark.models.shipped import find_shipped
+from dspark.models.shipped import CORPUS, SHIPPED, find_shipped, source_of
 from dspark.payoff import StepSeconds
 from dspark.registry import LoadedTarget, LoadOptions, load_target
 from dspark.target import Target
 from dspark.text import TextCodec
 from dspark.verify.scheduler_setting import Schedule
 
-__all__ = ["StepCosts", "load_engine"]
+if TYPE_CHECKING:
+    from dspark.draft.corpus import Corpus
+
+__all__ = ["StepCosts", "find_corpus", "load_engine"]
 
 StepCosts: TypeAlias = Callable[[Target, TextCodec | None, int | None], StepSeconds | None]
 """Finds out what steps of a target cost: target, codec, bytes that its experts are held to."""
@@ -139,7 +142,10 @@ def build_drafter(spec: str, loaded: LoadedTarget, options: LoadOptions) -> Draf
         if own is not None:
             return _calibrated(own, loaded.folder, loaded)
         shipped = find_shipped(loaded.folder)
-        spec = "lookup" if shipped is None else str(shipped)
+        if shipped is None:
+            corpus = find_corpus(loaded.folder)
+            return _lookup(corpus, loaded, None if corpus is None else corpus.parent.name)
+        spec = str(shipped)
     head, plus, rest = spec.partition("+")
     if plus and not Path(spec).expanduser().exists():  # a folder may have a + in its name
         from dspark.draft.combined import CombinedDrafter
@@ -152,9 +158,8 @@ def build_drafter(spec: str, loaded: LoadedTarget, options: LoadOptions) -> Draf
             first, second = second, first  # lookup first: it costs nothing
         return CombinedDrafter(first, second)
     if spec == "lookup" or spec.startswith("lookup:"):
-        from dspark.draft.lookup import LookupDrafter
-
-        return LookupDrafter(corpus=_corpus(spec.partition(":")[2], loaded))
+        path = spec.partition(":")[2]
+        return _lookup(Path(path).expanduser() if path else None, loaded)
     return _draft_from_folder(spec, loaded, options)
 
 
@@ -165,18 +170,54 @@ def _own_drafter(target: Target) -> Drafter | None:
     return drafter
 
 
-def _corpus(path: str, loaded: LoadedTarget) -> list[list[int]]:
-    if not path:
-        return []
-    if loaded.codec is None:
-        raise ConfigError("a lookup corpus needs a target with a tokenizer.")
+def find_corpus(folder: Path, *, shipped: Path = SHIPPED) -> Path | None:
+    """The lookup corpus that comes with the package for a model, None if there is none.
+
+    Args:
+        folder: The model's.
+        shipped: Where corpora lie.
+    """
+    source = source_of(folder)
+    if source is None:
+        return None
+    from dspark.draft.corpus_file import corpus_facts
+
+    for path in sorted(shipped.glob(f"*/{CORPUS}")):
+        if ((corpus_facts(path) or {}).get("target") or {}).get("source") == source:
+            return path
+    return None
+
+
+def _lookup(path: Path | None, loaded: LoadedTarget, name: str | None = None) -> Drafter:
+    """A lookup drafter, with a corpus if a path is given."""
+    from dspark.draft.lookup import LookupDrafter
+
+    if path is None:
+        return LookupDrafter()
+    return LookupDrafter(corpus=_corpus(path, loaded), name=f"lookup:{name or path.name}")
+
+
+def _corpus(path: Path, loaded: LoadedTarget) -> Corpus:
+    """A corpus from a file of token ids, or from a text."""
+    from dspark.draft.corpus import Corpus
+    from dspark.draft.corpus_file import SUFFIX, read_corpus
+    from dspark.text import vocabulary_fingerprint
+
+    codec = loaded.codec
+    if path.suffix == SUFFIX:
+        vocabulary = None if codec is None else vocabulary_fingerprint(codec)
+        if not path.is_file():
+            raise DataError(f"the lookup corpus {path} cannot be read: there is no such file.")
+        return read_corpus(path, vocab_size=loaded.target.info.vocab_size, vocabulary=vocabulary)
+    if codec is None:
+        raise ConfigError("a lookup corpus of text needs a target with a tokenizer.")
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as exc:
         raise DataError(f"the lookup corpus {path} is not UTF-8 text.") from exc
     except OSError as exc:
         raise DataError(f"the lookup corpus {path} cannot be read: {exc.strerror}.") from exc
-    return [loaded.codec.encode_plain(text)]
+    return Corpus([codec.encode_plain(text)])
 
 
 def _draft_from_folder(spec: str, loaded: LoadedTarget, options: LoadOptions) -> Drafter:

@@ -242,6 +242,8 @@ class PayoffSwitch:
 
     Over the last rounds with a non-empty proposal, drafting gains when
     mean committed tokens > 1 + extra seconds / seconds of the request's share of a plain step.
+    Few rounds say little where some commit one token and others five, so it is switched off only
+    if it loses by more than the standard error of that mean.
 
     Attributes:
         allowed: False to never switch off.
@@ -253,13 +255,15 @@ class PayoffSwitch:
     off_count: int = 0
     first_node: FirstNode = field(default_factory=FirstNode)
     _tokens: float = 0.0
+    _squares: float = 0.0
     _ratio: float = 0.0
     _rounds: float = 0.0
+    _weights2: float = 0.0
     _pause: int = 0
     _next_pause: int = 16
     _since_probe: int = field(default=0)
 
-    _FADE = 0.9
+    _FADE = 0.95
     _LEAST_ROUNDS = 6
     _LONGEST_PAUSE = 256
 
@@ -283,18 +287,30 @@ class PayoffSwitch:
         """
         if plain <= 0:
             return
-        self._tokens = self._tokens * self._FADE + committed
-        self._ratio = self._ratio * self._FADE + 1 + extra / plain
-        self._rounds = self._rounds * self._FADE + 1
+        fade = self._FADE
+        self._tokens = self._tokens * fade + committed
+        self._squares = self._squares * fade + committed * committed
+        self._ratio = self._ratio * fade + 1 + extra / plain
+        self._rounds = self._rounds * fade + 1
+        self._weights2 = self._weights2 * fade * fade + 1
         self._since_probe += 1
         if self._since_probe < self._LEAST_ROUNDS:
             return
-        if self._tokens >= self._ratio:
+        lead = (self._tokens - self._ratio) / self._rounds
+        if lead >= 0:
             self._next_pause = 16
+        if lead >= -self._standard_error():
             return
         if self.allowed:
             self.off_count += 1
             self._pause = self._next_pause
             self._next_pause = min(2 * self._next_pause, self._LONGEST_PAUSE)
-            self._tokens = self._ratio = self._rounds = 0.0
+            self._tokens = self._squares = self._ratio = 0.0
+            self._rounds = self._weights2 = 0.0
             self._since_probe = 0
+
+    def _standard_error(self) -> float:
+        """Of the mean committed tokens, with rounds weighted as they fade."""
+        mean = self._tokens / self._rounds
+        variance = max(0.0, self._squares / self._rounds - mean * mean)
+        return math.sqrt(variance * self._weights2) / self._rounds

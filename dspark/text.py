@@ -6,16 +6,17 @@ a leading BOS; chat messages go through the model's own template.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dspark.errors import CapabilityError, CheckpointError, DataError
 from dspark.request import Message
 
-__all__ = ["Detokenizer", "TextCodec", "load_codec"]
+__all__ = ["Detokenizer", "TextCodec", "load_codec", "vocabulary_fingerprint"]
 
 
 class TextCodec:
@@ -58,8 +59,18 @@ class TextCodec:
         """Encode text without any special tokens around it."""
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, object]] | None = None,
+    ) -> list[int]:
         """Encode chat messages with the model's template, ready for the assistant's answer.
+
+        Args:
+            messages: The messages.
+            tools: Functions the model may call, in OpenAI's form; a template without a place for
+                them passes them over.
 
         Raises:
             CapabilityError: If the model has no chat template.
@@ -81,6 +92,7 @@ class TextCodec:
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=False,
+                **({"tools": [dict(tool) for tool in tools]} if tools else {}),
                 **self._template_options,
             )
         except (jinja2.TemplateError, KeyError, TypeError, ValueError) as exc:
@@ -225,3 +237,9 @@ def load_codec(folder: Path, *, tokenizer_class: str = "AutoTokenizer") -> TextC
         if type(exc) is not Exception:
             raise
         raise CheckpointError(f"the tokenizer in {folder} cannot be read: {exc}") from exc
+
+
+def vocabulary_fingerprint(codec: TextCodec) -> str:
+    """Checksum of the vocabulary: every token and its id."""
+    items = sorted(codec.vocabulary().items(), key=lambda item: item[1])
+    return hashlib.sha256(json.dumps(items).encode()).hexdigest()

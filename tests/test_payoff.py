@@ -129,6 +129,28 @@ def test_a_few_bad_rounds_do_not_stop_drafting_that_gains() -> None:
     assert switch.is_on
 
 
+def drafted_share(law: list[float], extra: float) -> float:
+    """Share of rounds with drafts where 1, 2, 3, 5 tokens are committed by this law."""
+    on = 0
+    for seed in range(10):
+        rng, switch = random.Random(seed), PayoffSwitch()
+        for _ in range(1000):
+            if switch.is_on:
+                on += 1
+                switch.drafted(rng.choices([1, 2, 3, 5], law)[0], extra, 1.0)
+            else:
+                switch.skipped()
+    return on / 10_000
+
+
+def test_chance_seldom_stops_drafting_that_gains_and_does_not_save_what_loses() -> None:
+    uneven, rare = [0.75, 0.15, 0.06, 0.04], [0.95, 0.04, 0.01, 0.0]  # 1.43 and 1.06 tokens
+    assert drafted_share(uneven, 0.15) > 0.95
+    assert drafted_share(uneven, 0.3) > 0.7
+    assert drafted_share(rare, 0.15) < 0.2
+    assert drafted_share(rare, 0.6) < 0.05
+
+
 def test_a_switch_that_is_not_allowed_never_switches() -> None:
     switch = PayoffSwitch(allowed=False)
     assert len(run(switch, 300, committed=1, extra=9.0)) == 300

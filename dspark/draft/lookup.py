@@ -34,6 +34,7 @@ from heapq import nlargest
 import numpy as np
 
 from dspark.draft.base import DraftContext
+from dspark.draft.corpus import Corpus, Place
 from dspark.errors import ConfigError
 from dspark.request import Rule
 from dspark.tree import POINT_MASS, DraftTree, Proposal
@@ -47,7 +48,7 @@ _MAX_MATCHES = 8  # suffix links looked at for one node's candidates
 _MAX_FOLLOWERS = 16  # candidates of one match looked at
 _LEFTOVER = 0.02  # shorter matches are not looked at for less than this
 _DOUBT = 4.0
-_SEPARATOR = -1  # between corpus texts; never a token, so no match crosses it
+_SHARED_DOUBT = 20.0  # of texts that are not the request's own
 _TAIL = 16  # tokens compared to see that a context still extends what was seen
 
 
@@ -146,28 +147,64 @@ class SuffixAutomaton:
         return self.next[state][token], length + 1
 
 
-def _matches(
-    first: tuple[SuffixAutomaton, int, int], *others: tuple[SuffixAutomaton, int, int], least: int
-) -> Iterator[tuple[SuffixAutomaton, int, int]]:
-    """All matches of at least `least` tokens, longest first; the first automaton wins ties."""
-    heads = [first, *others]
-    for _ in range(_MAX_MATCHES):
-        best = max(range(len(heads)), key=lambda i: heads[i][2])  # the first of the longest
-        automaton, state, length = heads[best]
-        if length < least:
-            return
-        yield heads[best]
+@dataclass(frozen=True, slots=True)
+class Match:
+    """An ending of the text that occurred before, and what followed it.
+
+    Attributes:
+        length: Its tokens.
+        followers: (token, occurrences).
+        newest: What followed it last, None if that is not known.
+    """
+
+    length: int
+    followers: Sequence[tuple[int, int]]
+    newest: int | None = None
+    doubt: float = _DOUBT
+
+
+def _own_matches(
+    automaton: SuffixAutomaton, state: int, length: int, least: int
+) -> Iterator[Match]:
+    """Matches of at least `least` tokens in a request's own text, longest first."""
+    counts, latest = automaton.count, automaton.latest
+    while length >= least:
+        followers = [item for item in automaton.next[state].items() if item[0] >= 0]
+        if len(followers) > _MAX_FOLLOWERS:
+            followers = nlargest(_MAX_FOLLOWERS, followers, key=lambda item: counts[item[1]])
+        newest = max(followers, key=lambda item: latest[item[1]])[0] if followers else None
+        yield Match(length, [(token, counts[child]) for token, child in followers], newest)
         state = automaton.link[state]
-        heads[best] = (automaton, state, automaton.length[state])
+        length = automaton.length[state]
 
 
-def blend(
-    matches: Iterable[tuple[SuffixAutomaton, int, int]], width: int
-) -> list[tuple[int, float]]:
+def _shared_matches(corpus: Corpus, places: Sequence[Place], least: int) -> Iterator[Match]:
+    """Matches of at least `least` tokens in the corpus, longest first."""
+    for place in places:
+        if place[2] < least:
+            return
+        yield Match(place[2], corpus.followers(place, _MAX_FOLLOWERS), doubt=_SHARED_DOUBT)
+
+
+def _merged(own: Iterator[Match], shared: Iterator[Match]) -> Iterator[Match]:
+    """All matches, longest first; the request's own text wins ties."""
+    heads = [next(own, None), next(shared, None)]
+    sources = (own, shared)
+    for _ in range(_MAX_MATCHES):
+        lengths = [0 if head is None else head.length for head in heads]
+        best = int(lengths[1] > lengths[0])
+        match = heads[best]
+        if match is None:
+            return
+        yield match
+        heads[best] = next(sources[best], None)
+
+
+def blend(matches: Iterable[Match], width: int) -> list[tuple[int, float]]:
     """Candidates for the next token and their probabilities, best first.
 
     Args:
-        matches: (automaton, state, length) of what the text's ending matches, longest first.
+        matches: What the text's ending matches, longest first.
         width: Candidates to return at the most.
 
     Returns:
@@ -175,20 +212,14 @@ def blend(
     """
     share: dict[int, float] = {}
     left = 1.0
-    for automaton, state, length in matches:
-        counts, latest = automaton.count, automaton.latest
-        followers = list(automaton.next[state].items())
-        if len(followers) > _MAX_FOLLOWERS:
-            followers = nlargest(_MAX_FOLLOWERS, followers, key=lambda item: counts[item[1]])
-        followers = [item for item in followers if item[0] != _SEPARATOR]
-        if not followers:
+    for match in matches:
+        if not match.followers:
             continue
-        newest = max(followers, key=lambda item: latest[item[1]])[0]
-        total = 1 + sum(counts[child] for _, child in followers)
-        weight = total * length
-        mass = left * weight / (weight + _DOUBT * len(followers))
-        for token, child in followers:
-            value = counts[child] + (token == newest)
+        total = sum(count for _, count in match.followers) + (match.newest is not None)
+        weight = total * match.length
+        mass = left * weight / (weight + match.doubt * len(match.followers))
+        for token, count in match.followers:
+            value = count + (token == match.newest)
             share[token] = share.get(token, 0.0) + mass * value / total
         left -= mass
         if left < _LEFTOVER:
@@ -202,6 +233,8 @@ class LookupConfig:
 
     Attributes:
         min_match: Tokens of the text's ending that must have occurred before, >= 1.
+        min_shared: The same where there is a corpus, for both: it knows what mostly follows even a
+            single token.
         width: Children per node at the most where the request does not say, >= 1.
         min_survival: Candidates less likely than this are not offered, in [0, 1).
 
@@ -210,11 +243,13 @@ class LookupConfig:
     """
 
     min_match: int = 2
+    min_shared: int = 1
     width: int = 3
     min_survival: float = 0.02
 
     def __post_init__(self) -> None:
-        for name, value in (("min_match", self.min_match), ("width", self.width)):
+        for name in ("min_match", "min_shared", "width"):
+            value = getattr(self, name)
             if value < 1:
                 raise ConfigError(f"{name} is {value}, but must be an integer >= 1.")
         if not 0 <= self.min_survival < 1:
@@ -222,14 +257,14 @@ class LookupConfig:
 
 
 class _RequestState:
-    """A request's own automaton, and where its text stands in the shared one."""
+    """A request's own automaton, and where its text's endings stand in the corpus."""
 
-    __slots__ = ("corpus", "corpus_match", "own", "tail")
+    __slots__ = ("corpus", "own", "places", "tail")
 
-    def __init__(self, corpus: SuffixAutomaton) -> None:
+    def __init__(self, corpus: Corpus) -> None:
         self.own = SuffixAutomaton()
         self.corpus = corpus
-        self.corpus_match = (_ROOT, 0)
+        self.places: tuple[Place, ...] = ()
         self.tail: list[int] = []
 
     def is_extended_by(self, tokens: Sequence[int]) -> bool:
@@ -239,11 +274,8 @@ class _RequestState:
 
     def follow(self, tokens: Sequence[int]) -> None:
         """Take in what is new."""
-        new = tokens[self.own.size :]
-        self.own.extend(new)
-        if self.corpus.size:
-            for token in new:
-                self.corpus_match = self.corpus.step(*self.corpus_match, token)
+        self.own.extend(tokens[self.own.size :])
+        self.places = self.corpus.endings(tokens)
         self.tail = list(tokens[-_TAIL:])
 
 
@@ -253,7 +285,8 @@ class LookupDrafter:
     Args:
         config: Settings.
         corpus: Texts (token ids) that every request may continue from besides its own, for
-            instance earlier answers; one automaton for all of them, built here.
+            instance earlier answers of the target.
+        name: What reports call it.
 
     Raises:
         ConfigError: If a token of the corpus is negative.
@@ -263,21 +296,18 @@ class LookupDrafter:
         self,
         config: LookupConfig | None = None,
         *,
-        corpus: Sequence[Sequence[int]] = (),
+        corpus: Corpus | Sequence[Sequence[int]] = (),
+        name: str = "lookup",
     ) -> None:
         self._config = config or LookupConfig()
+        self._name = name
         self._states: dict[int, _RequestState] = {}
-        self._corpus = SuffixAutomaton()
-        for text in corpus:
-            if len(text) and min(text) < 0:
-                raise ConfigError(f"a corpus has token {min(text)}, but needs ids >= 0.")
-            self._corpus.extend(text)
-            self._corpus.extend((_SEPARATOR,))
+        self._corpus = corpus if isinstance(corpus, Corpus) else Corpus(corpus)
 
     @property
     def name(self) -> str:
         """What reports call it."""
-        return "lookup"
+        return self._name
 
     @property
     def capture(self) -> tuple[int, ...]:
@@ -318,17 +348,23 @@ class LookupDrafter:
 
     def _grow(self, state: _RequestState, context: DraftContext, width: int) -> DraftTree:
         own, corpus, config = state.own, state.corpus, self._config
-        at = {-1: (own.repeated_suffix(), state.corpus_match)}
-        if max(at[-1][0][1], at[-1][1][1]) < config.min_match:
+        at = {-1: (own.repeated_suffix(), state.places)}
+        least = config.min_shared if corpus.size else config.min_match
+        longest_shared = state.places[0][2] if state.places else 0
+        if max(at[-1][0][1], longest_shared) < least:
             return DraftTree.empty()
 
         def candidates(grown: TreeGrower, node: int) -> Candidates:
             if node >= 0:
                 token = grown.token[node]
-                above, above_corpus = at[grown.parent[node]]
-                at[node] = (own.step(*above, token), corpus.step(*above_corpus, token))
+                above, places = at[grown.parent[node]]
+                shared = corpus.follow(places, token) if corpus.size else ()
+                at[node] = (own.step(*above, token), shared)
             here, there = at[node]
-            matches = _matches((own, *here), (corpus, *there), least=config.min_match)
+            matches = _merged(
+                _own_matches(own, *here, least),
+                _shared_matches(corpus, there, least),
+            )
             worth = 1.0 if node < 0 else grown.survival[node]
             ranked = [c for c in blend(matches, width) if worth * c[1] >= config.min_survival]
             return [token for token, _ in ranked], [share for _, share in ranked]

@@ -1,10 +1,12 @@
-"""Drafts that come with the package, found by the model they were trained for.
+"""Drafts that come with the package, found by the model they were made for.
 
     dspark/models/shipped/<name>/    config.json, draft.safetensors, README.md, calibration.json
+    dspark/models/shipped/<name>/    corpus.safetensors, README.md
 
-A draft fits a target if both name the same source: for a model made from a GGUF file, the alias and
-the checksum of that file. So a copy of the model under another name has the draft too, and a model
-of the same name with other weights has not.
+The first is a trained draft, the second a lookup corpus of the model's own answers. Either fits a
+target if both name the same source: for a model made from a GGUF file, the alias and the checksum
+of that file. So a copy of the model under another name has the draft too, and a model of the same
+name with other weights has not.
 """
 
 from __future__ import annotations
@@ -15,10 +17,23 @@ from typing import Any
 
 from dspark.models.store import MARKER
 
-__all__ = ["SHIPPED", "find_shipped", "shipped_folders"]
+__all__ = ["CORPUS", "SHIPPED", "find_shipped", "shipped_folders", "source_of"]
 
 SHIPPED = Path(__file__).parent / "shipped"
 """The folder of the package that holds them."""
+
+
+CORPUS = "corpus.safetensors"
+"""File of a lookup corpus; `dspark.loading.find_corpus` finds one."""
+
+
+def source_of(folder: Path) -> dict[str, Any] | None:
+    """What a model was made from, None if its folder does not say.
+
+    Args:
+        folder: The model's.
+    """
+    return _read(folder / MARKER).get("source") or None
 
 
 def shipped_folders(shipped: Path = SHIPPED) -> dict[str, Path]:
@@ -33,8 +48,8 @@ def find_shipped(folder: Path, *, shipped: Path = SHIPPED) -> Path | None:
         folder: The model's.
         shipped: Where the drafts lie.
     """
-    source = _read(folder / MARKER).get("source")
-    if not source:
+    source = source_of(folder)
+    if source is None:
         return None
     for draft in shipped_folders(shipped).values():
         fields = _read(draft / "config.json").get("dspark_draft", {})

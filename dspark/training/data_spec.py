@@ -9,10 +9,10 @@ from dspark.errors import ConfigError
 from dspark.eval.prompts import PromptSet
 from dspark.eval.results import describe_prompts
 from dspark.request import SamplingParams
-from dspark.text import TextCodec
+from dspark.text import TextCodec, vocabulary_fingerprint
 from dspark.training.data_answers import AnswerPlan
 from dspark.training.data_filters import FilterLimits
-from dspark.training.data_target import template_fingerprint, vocabulary_fingerprint
+from dspark.training.data_target import template_fingerprint
 
 __all__ = ["DataSpec", "SelfPlan"]
 

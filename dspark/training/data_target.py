@@ -13,7 +13,7 @@ from dspark.models.aliases import ALIASES
 from dspark.models.resolve import REFERENCE, resolve_model
 from dspark.text import TextCodec, load_codec
 
-__all__ = ["describe_target", "load_tokenizer", "template_fingerprint", "vocabulary_fingerprint"]
+__all__ = ["describe_target", "load_tokenizer", "template_fingerprint"]
 
 _FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "encoding/*"]
 
@@ -100,9 +100,3 @@ def template_fingerprint(codec: TextCodec) -> str | None:
     if not source:
         source = codec.encode_chat([{"role": "user", "content": "Hello."}])
     return hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()
-
-
-def vocabulary_fingerprint(codec: TextCodec) -> str:
-    """Checksum of the vocabulary: every token and its id."""
-    items = sorted(codec.vocabulary().items(), key=lambda item: item[1])
-    return hashlib.sha256(json.dumps(items).encode()).hexdigest()

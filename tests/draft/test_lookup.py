@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dspark.draft.base import DraftContext, Drafter
-from dspark.draft.lookup import LookupConfig, LookupDrafter, SuffixAutomaton, blend
+from dspark.draft.lookup import LookupConfig, LookupDrafter, Match, SuffixAutomaton, blend
 from dspark.errors import ConfigError
 from dspark.request import Rule, SamplingParams
 from dspark.tree import POINT_MASS
@@ -159,10 +159,10 @@ def test_proposals_are_valid_and_within_their_limits(tokens, budget, depth, widt
         assert proposal.law_of.tolist() == [POINT_MASS] * tree.num_nodes
     if rule is Rule.BLOCK:
         assert tree.is_chain
-    # every offered first token followed the longest match somewhere, or a shorter one of >= 2
+    # every offered first token followed the longest match somewhere, or a shorter one
     for node in tree.children_of(-1).tolist():
         texts = (tokens, [0, 1, 2, 0], [2, 2])
-        joined = [*tokens[-2:], int(tree.token[node])]
+        joined = [tokens[-1], int(tree.token[node])]
         assert any(occurrences(list(text), joined) for text in texts)
 
 
@@ -206,15 +206,53 @@ def test_the_corpus_serves_every_request_but_never_across_its_texts():
 
 
 def test_blended_shares_never_exceed_one():
-    automaton = SuffixAutomaton([1, 2, 3, 1, 2, 4, 1, 2])
-    state, length = automaton.repeated_suffix()
-    matches = [(automaton, state, length), (automaton, automaton.link[state], 1)]
+    matches = [Match(2, [(3, 1), (4, 1)], newest=4), Match(1, [(4, 9), (5, 1)])]
     shares = blend(matches, 5)
+    assert next(token for token, _ in shares) == 4
     assert 0 < sum(share for _, share in shares) < 1
+    assert blend([], 5) == blend([Match(3, [])], 5) == []
+
+
+def test_a_corpus_is_believed_less_than_the_request_s_own_text():
+    text = [1, 2, 3, 4, 1, 2]
+    (own,) = offer(LookupDrafter(), text, depth=1, width=1).tree.survival
+    shared_drafter = LookupDrafter(corpus=[[1, 2, 3, 4]])
+    (shared,) = offer(shared_drafter, [9, 1, 2], depth=1, width=1).tree.survival
+    assert 0 < shared < own
+
+
+def test_one_token_is_enough_where_there_is_a_corpus():
+    corpus = [[5, 6, 7], [5, 6, 8], [5, 9]]
+    eager = LookupConfig(min_survival=0)
+    tree = offer(LookupDrafter(eager, corpus=corpus), [1, 5], depth=2, width=2).tree
+    first = tree.children_of(-1)
+    assert tree.token[first].tolist() == [6, 9]
+    assert tree.token[tree.children_of(int(first[0]))].tolist() == [7, 8]
+    careful = LookupDrafter(LookupConfig(min_shared=2), corpus=corpus)
+    assert offer(careful, [1, 5]).tree.num_nodes == 0
+
+
+def test_a_negative_token_of_the_text_is_never_offered():
+    tree = offer(LookupDrafter(), [1, 2, -1, 1, 2, -1, 1, 2]).tree
+    assert tree.num_nodes == 0
+    with_corpus = offer(LookupDrafter(corpus=[[4, 5]]), [4, -1, 4], depth=2).tree
+    assert with_corpus.token.tolist() == [5]
+
+
+def test_it_has_the_name_it_is_given():
+    assert LookupDrafter().name == "lookup"
+    assert LookupDrafter(name="lookup:mine").name == "lookup:mine"
 
 
 @pytest.mark.parametrize(
-    "options", [{"min_match": 0}, {"width": 0}, {"min_survival": 1.0}, {"min_survival": -0.1}]
+    "options",
+    [
+        {"min_match": 0},
+        {"min_shared": 0},
+        {"width": 0},
+        {"min_survival": 1.0},
+        {"min_survival": -0.1},
+    ],
 )
 def test_bad_settings_are_refused(options):
     with pytest.raises(ConfigError):
