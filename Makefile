@@ -27,7 +27,7 @@ demo: $(VENV)/.stamp-core  ## Answer a prompt with the default model, plainly an
 test: test-fast test-real  ## Run the fast tests, then those on real weights
 
 test-fast: $(VENV)/.stamp-dev  ## Run the tests that need neither network nor weights
-	$(BIN)/python -m pytest -n $(JOBS) -m "not real and not slow and not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not real and not slow and not gpu" $(PYTEST_ARGS)
 
 test-real: $(VENV)/.stamp-dev  ## Run the tests on real weights (fetched on first use)
 	$(BIN)/python -m pytest -m "real and not slow and not gpu" $(PYTEST_ARGS)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
+import tempfile
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-import transformers
 
-from dspark.adapters.hf.load import adapter_for, wrap_model
-from dspark.adapters.hf.target import HFTarget
-from dspark.registry import LoadOptions
+# torch and transformers are imported where they are used: pytest loads this file in the process
+# that only hands tests out, too, and the others wait for it.
+if TYPE_CHECKING:
+    import torch
+
+    from dspark.adapters.hf.target import HFTarget
 
 VOCAB = 96
 
@@ -31,21 +36,35 @@ _COMMON: dict[str, Any] = {
 }
 _GEMMA4_LAYERS = ["sliding_attention", "full_attention"] * 3
 
+
+def _config(kind: str, **values: Any) -> Any:
+    import transformers
+
+    return getattr(transformers, f"{kind}Config")(**{**_COMMON, **values})
+
+
 FAMILIES: dict[str, Callable[[], Any]] = {
-    "llama": lambda: transformers.LlamaConfig(**_COMMON),
-    "mistral": lambda: transformers.MistralConfig(**_COMMON, sliding_window=20),
-    "phi3": lambda: transformers.Phi3Config(**_COMMON),
-    "qwen2": lambda: transformers.Qwen2Config(
-        **_COMMON, use_sliding_window=True, sliding_window=20, max_window_layers=2
+    "llama": partial(_config, "Llama"),
+    "mistral": partial(_config, "Mistral", sliding_window=20),
+    "phi3": partial(_config, "Phi3"),
+    "qwen2": partial(
+        _config, "Qwen2", use_sliding_window=True, sliding_window=20, max_window_layers=2
     ),
-    "qwen3": lambda: transformers.Qwen3Config(**_COMMON, head_dim=32),
-    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
-        **_COMMON, head_dim=16, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32
+    "qwen3": partial(_config, "Qwen3", head_dim=32),
+    "qwen3_moe": partial(
+        _config,
+        "Qwen3Moe",
+        head_dim=16,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
     ),
-    "gemma2": lambda: transformers.Gemma2Config(**_COMMON, head_dim=16, sliding_window=20),
-    "gemma3": lambda: transformers.Gemma3TextConfig(**_COMMON, head_dim=32, sliding_window=20),
-    "gemma4": lambda: transformers.Gemma4TextConfig(
-        **{**_COMMON, "num_hidden_layers": 6},
+    "gemma2": partial(_config, "Gemma2", head_dim=16, sliding_window=20),
+    "gemma3": partial(_config, "Gemma3Text", head_dim=32, sliding_window=20),
+    "gemma4": partial(
+        _config,
+        "Gemma4Text",
+        num_hidden_layers=6,
         head_dim=16,
         global_head_dim=32,
         sliding_window=20,
@@ -56,18 +75,55 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     ),
 }
 
+_PROBES = "DSPARK_TEST_PROBES"
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     """Tiny models run faster on one thread, and do not fight over cores."""
     if "DSPARK_TEST_THREADS" not in os.environ:
+        import torch
+
         torch.set_num_threads(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Let all processes of a session share what they find out about exact mode."""
+    if _PROBES not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="dspark-probes-")
+        os.environ[_PROBES] = folder.name  # of which the processes that xdist starts have a copy
+        config.add_cleanup(folder.cleanup)
+        config.add_cleanup(lambda: os.environ.pop(_PROBES))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays, so the garbage collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def probe_folder() -> Path | None:
+    """Where wrapped models keep what was found about their exactness, for the whole session.
+
+    Whoever uses it must give `wrap_model` a fingerprint that tells its weights from others'.
+    """
+    folder = os.environ.get(_PROBES)
+    return None if folder is None else Path(folder)
+
+
 def random_model(
-    family: str, dtype: torch.dtype = torch.float32, *, layers: int | None = None
+    family: str, dtype: torch.dtype | None = None, *, layers: int | None = None
 ) -> Any:
-    """A transformers model with random weights large enough that every branch matters."""
+    """A transformers model with random weights large enough that every branch matters.
+
+    Args:
+        family: One of FAMILIES.
+        dtype: Of the weights, None for float32.
+        layers: Keep so many of its layers, None for all.
+    """
+    import torch
+    import transformers
+
     config = FAMILIES[family]()
     torch.manual_seed(7)
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -80,18 +136,27 @@ def random_model(
         decoder = model.get_decoder()
         decoder.layers = decoder.layers[:layers]
         model.config.num_hidden_layers = layers
-    return model.to(dtype).eval()
+    return model.to(dtype or torch.float32).eval()
 
 
 @functools.cache
 def random_target(
     family: str = "llama",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     *,
     exact: bool | None = None,
     layers: int | None = None,
 ) -> HFTarget:
-    """A wrapped random model; made once per combination."""
+    """A wrapped random model; made once per combination, its exactness found out once a session."""
+    from dspark.adapters.hf.load import adapter_for, wrap_model
+    from dspark.registry import LoadOptions
+
     model = random_model(family, dtype, layers=layers)
-    options = LoadOptions(name=f"random-{family}", exact=exact)
-    return wrap_model(model, adapter_for(model.config.model_type), options, eos_token_ids=(2,))
+    options = LoadOptions(name=f"random-{family}", exact=exact, probe_folder=probe_folder())
+    return wrap_model(
+        model,
+        adapter_for(model.config.model_type),
+        options,
+        eos_token_ids=(2,),
+        fingerprint=f"random_model {family} {layers}",
+    )

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 
 import dspark
 from dspark import cli
@@ -43,9 +44,11 @@ class Ran:
 Run = Callable[..., Ran]
 
 
-def save_model(folder: Path, *, template: str | None = None, positions: int = 2048) -> Path:
+def save_model(
+    folder: Path, *, template: str | None = None, positions: int = 2048, layers: int = 2
+) -> Path:
     """The tiny llama without an end token, and a tokenizer of one token per character."""
-    model = random_model("llama")
+    model = random_model("llama", layers=layers)
     model.config.max_position_embeddings = positions
     model.config.eos_token_id = model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
@@ -69,8 +72,10 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Checks at load run once, and Typer makes its parser of all commands once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
         yield
 
 
@@ -479,7 +484,32 @@ def test_a_reader_that_has_gone_is_no_error(
 # -- Ctrl-C -----------------------------------------------------------------------------------
 
 
-def test_ctrl_c_keeps_the_text_so_far(tmp_path: Path) -> None:
+def test_ctrl_c_keeps_the_text_so_far(generate: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real signal before the 21st step; a stop string holds text back, which must come out."""
+    options = ("abc", "--max-tokens", "60", "--draft", "none")
+    whole = generate(*options).out
+    step, steps = dspark.Engine.step, itertools.count()
+
+    def interrupted(self: dspark.Engine) -> object:
+        if next(steps) == 20:
+            signal.raise_signal(signal.SIGINT)
+        return step(self)
+
+    monkeypatch.setattr(dspark.Engine, "step", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        ran = generate(*options, "--stop", "never to be seen")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ran.code == 130
+    assert "Traceback" not in ran.err
+    text = ran.out.removesuffix("\n")
+    assert 16 <= len(text) < 60
+    assert whole.startswith(text)
+
+
+@pytest.mark.slow  # starts a process that imports torch
+def test_ctrl_c_in_a_process_of_its_own_keeps_the_text_so_far(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "long", positions=100_000)
     # A shell that starts pytest in the background makes it, and its children, ignore SIGINT.
     code = (

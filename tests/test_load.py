@@ -419,20 +419,20 @@ def count_objects(own: dspark.Engine) -> int:
     return len(gc.get_objects())
 
 
-def test_two_thousand_requests_end_and_leave_nothing_behind() -> None:
+def test_eight_hundred_requests_end_and_leave_nothing_behind() -> None:
     limits = dspark.RoundLimits(prefill_chunk=16, tree_budget=4, depth=3)
     own = engine("lookup", pages=36, max_batch=12, limits=limits)
     soak(own, 200)
     before = count_objects(own)
-    requests = soak(own, 2000)
+    requests = soak(own, 800)
     kinds = [request.result().finish_reason for request in requests]
     assert all(request.phase is Phase.DONE and request.error is None for request in requests)
     assert set(kinds) == {FinishReason.LENGTH, FinishReason.CANCELLED}
-    assert kinds.count(FinishReason.CANCELLED) > 50
-    assert own.stats.preemptions > 100
+    assert kinds.count(FinishReason.CANCELLED) > 20
+    assert own.stats.preemptions > 40
     check_empty(own)
     del requests, kinds
-    assert count_objects(own) - before < 500  # fewer than one for four requests
+    assert count_objects(own) - before < 200  # fewer than one for four requests
 
 
 def test_what_was_not_cancelled_in_the_soak_has_the_text_of_its_own() -> None:

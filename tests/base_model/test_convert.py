@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,10 +25,17 @@ CONFIG = preset("v4-tiny-dspark")
 DTYPES = {WeightFormat.BF16: torch.bfloat16, WeightFormat.FLOAT32: torch.float32}
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("written") / "source"
+    random_checkpoint(folder, CONFIG, shard_bytes=700_000)
+    return folder
+
+
 @pytest.fixture
-def source(tmp_path):
-    random_checkpoint(tmp_path / "source", CONFIG, shard_bytes=700_000)
-    return tmp_path / "source"
+def source(written, tmp_path):
+    """A copy of its own, to which a test may add files."""
+    return Path(shutil.copytree(written, tmp_path / "source"))
 
 
 def quantisable(config):

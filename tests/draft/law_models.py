@@ -21,7 +21,7 @@ from dspark.draft.eagle3 import Eagle3Drafter
 from dspark.draft.grow import GrowthConfig
 from dspark.mtp_head import DraftVocab
 from dspark.registry import LoadOptions
-from tests.conftest import FAMILIES
+from tests.conftest import FAMILIES, probe_folder
 from tests.draft import dspark_models, test_eagle3
 from tests.draft.law_check import PROMPT, VOCAB, Array, Logits, Prefix
 
@@ -53,8 +53,9 @@ def plain_model(family: str, vocab: int = VOCAB) -> Any:
 def target_of(family: str, vocab: int = VOCAB, *, exact: bool = False) -> HFTarget:
     """The model, wrapped."""
     model = copy.deepcopy(plain_model(family, vocab))
-    options = LoadOptions(name=f"small-{family}", exact=exact)
-    return wrap_model(model, adapter_for(model.config.model_type), options)
+    options = LoadOptions(name=f"small-{family}", exact=exact, probe_folder=probe_folder())
+    adapter = adapter_for(model.config.model_type)
+    return wrap_model(model, adapter, options, fingerprint=f"plain_model {family} {vocab}")
 
 
 def logits_of(family: str) -> Logits:

@@ -27,7 +27,7 @@ from tests.draft.law_check import (
 from tests.draft.law_models import KINDS, SPREAD, drafter_of, logits_of, target_of
 from tests.eval import planted
 
-FEW, SOME, MANY = 256, 4_000, 20_000
+FEW, SOME, MANY = 128, 4_000, 20_000
 FAMILIES = list(SPREAD)
 DRAWN = [rule for rule in RULES if rule not in ("coupled", "sample-match")]
 

@@ -54,7 +54,7 @@ def digests(output: RunOutput) -> list[str | None]:
 
 
 def own(draft: str = "none", params: SamplingParams = GREEDY) -> OwnRunner:
-    engine = dspark.Engine(random_target(exact=True), drafter=drafter(draft))
+    engine = dspark.Engine(random_target(layers=2, exact=True), drafter=drafter(draft))
     return OwnRunner(engine, params, auto_off=False)
 
 
@@ -77,7 +77,9 @@ def test_tokens_arrive_round_by_round() -> None:
     """As many as a draft that is always right brings in each round."""
     params = replace(GREEDY, width=1, tree_budget=5)
     config = dspark.EngineConfig(auto_off=False, limits=RoundLimits(keep_rounds=True))
-    engine = dspark.Engine(random_target(exact=True), drafter=drafter("itself"), config=config)
+    engine = dspark.Engine(
+        random_target(layers=2, exact=True), drafter=drafter("itself"), config=config
+    )
     expected = engine.generate([list(ids) for ids in TOKENS], params)
     output = run(own("itself", params))
     for record, result in zip(output.requests, expected, strict=True):
@@ -102,7 +104,7 @@ def test_time_and_cache_of_a_run_are_told() -> None:
     assert sum(output.stages.values()) == pytest.approx(output.seconds)
     assert all(output.stages[name] > 0 for name in ("prefill", "draft", "verify", "rest"))
     pages = 2  # two requests at a time
-    page = random_target(exact=True).new_cache().page_bytes()
+    page = random_target(layers=2, exact=True).new_cache().page_bytes()
     assert output.cache_bytes >= pages * page
 
 
@@ -110,7 +112,7 @@ class Counted:
     """A target that counts the rows it runs."""
 
     def __init__(self) -> None:
-        self.target = random_target(exact=True)
+        self.target = random_target(layers=2, exact=True)
         self.info, self.exactness = self.target.info, self.target.exactness
         self.new_cache = self.target.new_cache
         self.rows = 0
@@ -211,7 +213,7 @@ def test_speculation_of_transformers_is_seen_in_its_chunks(
 
 def test_end_tokens_end_an_answer_only_if_they_may(folder: str) -> None:
     """An end token chosen so that the first answer has it in its middle."""
-    engine = dspark.Engine(random_target(exact=True))
+    engine = dspark.Engine(random_target(layers=2, exact=True))
     ids = engine.generate([list(TOKENS[0])], GREEDY)[0].token_ids
     eos = next(token for token in ids[3:] if ids.index(token) >= 3)
     end = ids.index(eos) + 1

@@ -38,7 +38,7 @@ PARAMS = SamplingParams(max_tokens=10, ignore_eos=True)
 
 
 def engine_of(template: str | None = TEMPLATE) -> dspark.Engine:
-    return dspark.Engine(random_target(exact=True), codec=codec(template))
+    return dspark.Engine(random_target(layers=2, exact=True), codec=codec(template))
 
 
 def setup_of(**more: object) -> Setup:
@@ -74,7 +74,9 @@ def test_a_prompt_that_cannot_be_encoded_is_named() -> None:
     with pytest.raises(DataError, match="question two: the chat template refuses"):
         bench_requests(engine_of(refusing), PROMPTS, seed=0, is_raw=False)
     with pytest.raises(ConfigError, match="has no tokenizer"):
-        bench_requests(dspark.Engine(random_target()), PROMPTS, seed=0, is_raw=True)
+        bench_requests(
+            dspark.Engine(random_target(layers=2, exact=True)), PROMPTS, seed=0, is_raw=True
+        )
 
 
 def test_plain_decoding_has_one_shape_and_a_draft_has_all() -> None:

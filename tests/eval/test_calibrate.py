@@ -279,20 +279,20 @@ def test_held_out_positions_are_calibrated_to_two_percent(is_drawn: bool) -> Non
     """A head whose claim is wrong by a bias, which temperatures alone cannot mend."""
     real = truth(is_drawn=is_drawn, width=1, depth=2)
     real = replace(real, bias=np.array([-1.5]))
-    seen = [planted(12_000, real, is_drawn=is_drawn, seed=seed) for seed in (1, 2)]
+    seen = [planted(8_000, real, is_drawn=is_drawn, seed=seed) for seed in (1, 2)]
     rule = Rule.REJECTION if is_drawn else Rule.COUPLED
     key = CalibrationKey(rule=rule, temperature=1.0, is_chain=True)
     measured = Measured(fitted_on=seen[0], held_out=seen[1], failed=())
     entry = calibrate(key, measured, dataset="planted")
     assert [row["position"] for row in entry["positions"]] == [1, 2]
     for row in entry["positions"]:
-        assert row["count"] == 12_000
+        assert row["count"] == 8_000
         assert row["ece"]["fitted"] < 0.02
         assert row["floor"] < 0.02
     first = entry["positions"][0]["ece"]
     assert first["confidence"] > 0.1
     assert first["fitted"] < 0.3 * first["scaled"]
-    assert entry["sts"]["num_samples"] == 12_000
+    assert entry["sts"]["num_samples"] == 8_000
     json.dumps(entry, allow_nan=False)
 
 

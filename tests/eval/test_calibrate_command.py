@@ -32,7 +32,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A target and a draft for it with a confidence head."""
     root = tmp_path_factory.mktemp("models")
     draft = save_module(root / "draft", make_module("llama"), storage="float32")
-    return save_model(root / "target"), draft
+    return save_model(root / "target", layers=4), draft
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -23,7 +23,7 @@ def test_a_replay_has_the_rounds_of_the_engine(kind: str, width: int | None) -> 
     """The engine verifies with the target; the replay knows what it would say."""
 
     def drafter() -> dspark.draft.base.Drafter:
-        return DSparkDrafter(fitted(), name="dflash") if kind == "dflash" else LookupDrafter()
+        return DSparkDrafter(fitted(8), name="dflash") if kind == "dflash" else LookupDrafter()
 
     traces = texts()[:2]
     limits = RoundLimits(keep_rounds=True)
@@ -57,7 +57,7 @@ def test_strides_put_every_variant_at_the_same_places() -> None:
     shape = ReplayConfig(budget=4, depth=4, width=1, stride=3, places=4)
     traces = texts()
     runs = [
-        replay(drafter, traces, shape) for drafter in (DSparkDrafter(fitted()), LookupDrafter())
+        replay(drafter, traces, shape) for drafter in (DSparkDrafter(fitted(8)), LookupDrafter())
     ]
     places = [[(place.trace, place.context) for place in run.places] for run in runs]
     assert places[0] == places[1]

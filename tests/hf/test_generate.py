@@ -23,7 +23,7 @@ GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 16}
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return random_model("llama")
+    return random_model("llama", layers=2)
 
 
 def ours(model: Any, **arguments: Any) -> Any:
@@ -37,7 +37,7 @@ def test_greedy_text_is_that_of_the_model_itself(model: Any) -> None:
     expected = model.generate(**prompts, **GREEDY)
     with warnings.catch_warnings():
         warnings.simplefilter("error", FallbackWarning)
-        for draft in ("lookup", "none", random_model("llama", layers=2)):
+        for draft in ("lookup", "none", random_model("llama", layers=1)):
             assert torch.equal(ours(model, **prompts, **GREEDY, dspark_draft=draft), expected)
 
 
@@ -49,7 +49,7 @@ def test_a_streamer_gets_prompt_tokens_and_end(model: Any) -> None:
 
 
 def test_a_call_that_cannot_be_kept_is_decoded_by_transformers() -> None:
-    model, prompts = random_model("llama"), ragged_prompts(2)
+    model, prompts = random_model("llama", layers=2), ragged_prompts(2)
     beams = {"num_beams": 3, "num_return_sequences": 2}
     expected = model.generate(**prompts, **GREEDY, **beams)
     with pytest.warns(FallbackWarning, match="beam search") as record:
@@ -62,7 +62,7 @@ def test_a_call_that_cannot_be_kept_is_decoded_by_transformers() -> None:
 
 
 def test_a_refused_call_still_streams() -> None:
-    model, prompts = random_model("llama"), ragged_prompts(1)
+    model, prompts = random_model("llama", layers=2), ragged_prompts(1)
     theirs, mine = RecordingStreamer(), RecordingStreamer()
     options = {"return_dict_in_generate": True, "output_hidden_states": True}
     model.generate(**prompts, **GREEDY, streamer=theirs)
@@ -199,7 +199,7 @@ def test_samples_follow_the_generator_of_torch(model: Any) -> None:
 def test_the_draft_does_not_change_a_sampled_text(model: Any) -> None:
     prompts = ragged_prompts(2)
     texts = []
-    for draft in ("none", "lookup", random_model("llama")):
+    for draft in ("none", "lookup", random_model("llama", layers=2)):
         torch.manual_seed(9)
         texts.append(ours(model, **prompts, do_sample=True, max_new_tokens=12, dspark_draft=draft))
     assert all(torch.equal(a, b) for a, b in itertools.pairwise(texts))

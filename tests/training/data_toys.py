@@ -22,7 +22,7 @@ from dspark.training.data_manifest import read_manifest
 from dspark.training.data_run import DataRun, Watcher
 from dspark.training.data_shards import Row, read_rows
 from dspark.training.data_spec import DataSpec, SelfPlan
-from tests.conftest import random_model
+from tests.conftest import probe_folder, random_model
 from tests.test_engine import make_codec
 
 TEMPLATE = (
@@ -57,8 +57,10 @@ def _model() -> Any:
 
 @functools.cache
 def engine(draft: str = "none", *, exact: bool = True) -> dspark.Engine:
-    options = LoadOptions(name="toy", exact=exact)
-    target = wrap_model(_model(), adapter_for("llama"), options, eos_token_ids=(EOS,))
+    options = LoadOptions(name="toy", exact=exact, probe_folder=probe_folder())
+    target = wrap_model(
+        _model(), adapter_for("llama"), options, eos_token_ids=(EOS,), fingerprint="ends sooner"
+    )
     drafter = LookupDrafter() if draft == "lookup" else None
     return dspark.Engine(target, drafter=drafter, codec=chat_codec())
 

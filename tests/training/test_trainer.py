@@ -98,8 +98,7 @@ def test_one_batch_is_learnt_by_heart(folder, kind):
 # -- stopping and going on --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize(("optimizer", "cache"), [("adamw", False), ("muon", True)])
 def test_a_stopped_run_goes_on_bitwise(folder, optimizer, cache):
     changes = {"optimizer_kind": optimizer, "run_epochs": None}
     whole = {**changes, "run_cache": str(folder / "one")} if cache else changes
