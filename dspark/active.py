@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from dspark.errors import DsparkError
 from dspark.output import OutputText, TextPiece
 from dspark.payoff import PayoffSwitch
 from dspark.request import (
@@ -17,6 +18,7 @@ from dspark.request import (
     SamplingParams,
     TokenLogprob,
 )
+from dspark.verify.constraint import PathMasks
 from dspark.verify.noise import NoiseKey
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ class ActiveRequest:
         noise: Noise key.
         output: Decoder and stop strings.
         bad_words: Token sequences that must not be completed.
+        masks: What its grammar allows from here on, None without a grammar.
         prompt_index: Index of the prompt in the caller's list.
         leader: The request with the same prompt that prefills first, or None.
         priority: Weight of its tokens when rows are shared out (docs/scheduling.md), > 0.
@@ -70,6 +73,7 @@ class ActiveRequest:
     noise: NoiseKey
     output: OutputText
     bad_words: tuple[tuple[int, ...], ...] = ()
+    masks: PathMasks | None = None
     prompt_index: int = 0
     leader: ActiveRequest | None = None
     priority: float = 1.0
@@ -91,7 +95,6 @@ class ActiveRequest:
     features: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     pieces: list[TextPiece] = field(default_factory=list)
     fresh: list[int] = field(default_factory=list)
-    committed_before: int = 0
     submitted_at: float = field(default_factory=time.perf_counter)
     waiting_since: float = 0.0
 
@@ -143,8 +146,16 @@ class ActiveRequest:
             self._end(FinishReason.STOP)
         elif self.remaining(max_positions) <= 0:
             self._end(FinishReason.LENGTH)
+        elif self.masks is not None:
+            self._advance(self.masks, token)
         self.pieces.extend(self.output.take(is_final=self.phase is Phase.DONE))
         return self.phase is not Phase.DONE
+
+    def _advance(self, masks: PathMasks, token: int) -> None:
+        try:
+            masks.advance(token)
+        except DsparkError as exc:
+            self.fail(exc.message, exc.hint)
 
     def _end(self, reason: FinishReason) -> None:
         if self.output.finish() and reason is FinishReason.LENGTH:

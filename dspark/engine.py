@@ -31,6 +31,7 @@ from dspark.request import (
 from dspark.rounds import RoundRunner
 from dspark.target import Target
 from dspark.text import TextCodec
+from dspark.verify.constraint import PathMasks
 from dspark.verify.noise import NoiseKey
 from dspark.verify.scheduler_setting import Schedule
 
@@ -359,6 +360,7 @@ class Engine:
         error: DsparkError | None = None
         tokens: list[int] = []
         bad_words: tuple[tuple[int, ...], ...] = ()
+        masks: list[PathMasks | None] = [None] * own.n
         rule = Rule.GREEDY
         try:
             rule = own.resolved_rule
@@ -367,6 +369,7 @@ class Engine:
             tokens = self._intake.encode(prompt)
             bad_words = self._intake.bad_words(own)
             self._intake.check(tokens, own, rule)
+            masks = [self._intake.masks(own) for _ in range(own.n)]
         except DsparkError as exc:
             error = exc
         requests: list[ActiveRequest] = []
@@ -379,6 +382,7 @@ class Engine:
                 noise=NoiseKey(seed, sample),
                 output=OutputText(self._codec, own.stop),
                 bad_words=bad_words,
+                masks=masks[sample],
                 prompt_index=prompt_index,
                 leader=requests[0] if requests else None,
                 priority=weight,

@@ -11,6 +11,7 @@ from dspark.errors import CapabilityError, ConfigError, DataError
 from dspark.request import Prompt, Rule, SamplingParams
 from dspark.target import Target
 from dspark.text import TextCodec
+from dspark.verify.constraint import PathMasks
 
 __all__ = ["Intake"]
 
@@ -107,6 +108,26 @@ class Intake:
                 if ids:
                     found[ids] = None
         return tuple(found)
+
+    def masks(self, params: SamplingParams) -> PathMasks | None:
+        """What the grammar of one sample allows, None without one.
+
+        Raises:
+            CapabilityError: If the model has no token that ends a text.
+            DsparkError: If the grammar cannot be followed.
+        """
+        if params.grammar is None:
+            return None
+        info = self._target.info
+        if not info.eos_token_ids:
+            raise CapabilityError(
+                f"{info.name} names no end token, so a text could not end where its grammar ends."
+            )
+        return PathMasks(
+            params.grammar,
+            vocab_size=info.vocab_size,
+            end_tokens=frozenset(info.eos_token_ids),
+        )
 
     def check(self, tokens: Sequence[int], params: SamplingParams, rule: Rule) -> None:
         """Refuse a request that can never run.

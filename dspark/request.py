@@ -13,9 +13,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from dspark.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dspark.verify.constraint import Constraint
 
 __all__ = [
     "FinishReason",
@@ -97,8 +100,10 @@ class SamplingParams:
         logit_bias: Added to the logits of these token ids, in [-100, 100].
         bad_words: Texts that must not appear (exact token sequences of each, with and without
             a leading space).
+        grammar: What the text must conform to: a `dspark.grammar.Grammar`, or any other
+            `dspark.verify.constraint.Constraint`; None for any text.
         rule: A value of `Rule`, or "auto": greedy at temperature 0, else coupled.
-        draft: False decodes this request plainly.
+        draft: False decodes this request plainly, tokens that a grammar forces included.
         depth: Longest drafted path, None for the drafter's own choice.
         width: Children per node at the most (1 is a chain), None for the drafter's own choice.
         tree_budget: Drafted nodes per round at the most (0 is plain decoding), None for the
@@ -123,6 +128,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] | None = None
     bad_words: tuple[str, ...] = ()
+    grammar: Constraint | None = None
     rule: str = "auto"
     draft: bool = True
     depth: int | None = None
@@ -133,6 +139,7 @@ class SamplingParams:
         self._check_lengths()
         self._check_law()
         self._check_texts()
+        self._check_grammar()
         self._check_draft()
 
     def _check_lengths(self) -> None:
@@ -167,6 +174,17 @@ class SamplingParams:
             ok = isinstance(value, tuple | list) and all(isinstance(s, str) and s for s in value)
             _check(ok, name, value, "a sequence of non-empty strings")
             object.__setattr__(self, name, tuple(value))
+
+    def _check_grammar(self) -> None:
+        grammar = self.grammar
+        ok = grammar is None or callable(getattr(grammar, "start", None))
+        _check(ok, "grammar", grammar, "None or a constraint such as dspark.grammar.Grammar")
+        if grammar is not None and self.ignore_eos:
+            raise ConfigError(
+                "ignore_eos was given with a grammar, but a text that has come to its end allows "
+                "nothing else.",
+                hint="leave out ignore_eos",
+            )
 
     def _check_draft(self) -> None:
         rules = ["auto", *(rule.value for rule in Rule)]
@@ -229,6 +247,8 @@ class RoundStats:
         nodes: Of a tree with branches, every node in order: its parent's index (-1 for the anchor),
             its survival, and whether it was accepted. Empty for a chain, which `survival` and
             `matched` describe.
+        forced: How many nodes at the tree's beginning the request's grammar forced: a chain of
+            survival 1, from depth 1 on, that no drafter had to offer.
 
     Where the text ended inside the accepted path, `tried`, `survival`, `matched` and `nodes` end
     there too.
@@ -244,6 +264,7 @@ class RoundStats:
     survival: tuple[float, ...] = ()
     matched: int = 0
     nodes: tuple[tuple[int, float, bool], ...] = ()
+    forced: int = 0
 
 
 @dataclass(slots=True)
@@ -255,9 +276,11 @@ class RequestStats:
         shared_prefix: Prompt tokens whose K/V came from another request.
         output_tokens: Tokens generated.
         rounds: Rounds run (the token that prefill yields takes none).
-        proposed: Nodes drafted.
+        proposed: Nodes drafted; those that a grammar ruled out at once are not counted.
         verified: Nodes run through the target.
         accepted: Drafted tokens accepted.
+        forced: Tokens among these that no drafter had to offer: a grammar left nothing else. They
+            count in `proposed` and `verified` as well.
         committed: Tokens committed by rounds, closing tokens included.
         accepted_at_depth: Rounds that accepted a token at depth 1, 2, ...
         verified_at_depth: Rounds that verified at least one node at depth 1, 2, ...
@@ -282,6 +305,7 @@ class RequestStats:
     proposed: int = 0
     verified: int = 0
     accepted: int = 0
+    forced: int = 0
     committed: int = 0
     accepted_at_depth: list[int] = field(default_factory=list)
     verified_at_depth: list[int] = field(default_factory=list)

@@ -1,13 +1,18 @@
 """The drafting half of a round: whom to draft for, what the drafter offers, what is verified of it.
 
 A drafter that fails is asked no more: it costs speed, never the answer.
+
+Tokens that a request's grammar forces come before what the drafter offers, drafter or not. They are
+certain, so they are rows and tokens that the round has anyhow: the scheduler, its record of how
+drafts do and the switch that stops drafting see what comes behind them.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 
@@ -15,18 +20,23 @@ from dspark.active import ActiveRequest, Phase
 from dspark.cache import Cache
 from dspark.draft.base import DraftContext, Drafter, Observer
 from dspark.draft.none import NoDrafter
-from dspark.errors import ShapeError
+from dspark.errors import DsparkError, ShapeError
 from dspark.payoff import RoundCosts
 from dspark.round_limits import RoundLimits
 from dspark.target import Target
-from dspark.tree import Proposal
+from dspark.tree import DraftTree, Proposal
+from dspark.verify.constrained import behind, hang, without_forbidden
 from dspark.verify.scheduler import Load, Offer, Scheduler
 from dspark.verify.scheduler_drift import Outcome
 from dspark.verify.scheduler_order import in_judging_order
 
-__all__ = ["NOTHING", "Drafted", "Drafting", "slot_of"]
+__all__ = ["NOTHING", "Drafted", "Drafting", "Forced", "slot_of"]
 
 logger = logging.getLogger(__name__)
+
+
+Forced: TypeAlias = Mapping[int, Sequence[int]]
+"""Request id -> tokens that its grammar forces from the anchor on; only where there are some."""
 
 
 class _Bar:
@@ -54,14 +64,18 @@ class Drafted:
 
     Attributes:
         proposal: What is verified.
-        offered: Nodes that the drafter offered.
+        offered: Nodes that the drafter offered, behind forced ones.
+        forced: How many nodes at its beginning are forced.
+        doubtful: The tree behind these, given that they are accepted.
     """
 
     proposal: Proposal
     offered: int
+    forced: int
+    doubtful: DraftTree
 
 
-NOTHING = Drafted(Proposal.empty(), 0)
+NOTHING = Drafted(Proposal.empty(), 0, 0, DraftTree.empty())
 """A round of plain decoding."""
 
 
@@ -105,15 +119,41 @@ class Drafting:
 
     # -- before the forward -------------------------------------------------------------------
 
-    def load(self, decoding: Sequence[ActiveRequest], other_rows: int) -> Load:
-        """A round before any drafted node.
+    def forced(self, decoding: Sequence[ActiveRequest], budgets: Sequence[int]) -> Forced:
+        """What grammars force from the anchors on.
+
+        Args:
+            decoding: Requests that decode.
+            budgets: Of each, from `budget`.
+        """
+        found: dict[int, list[int]] = {}
+        for request, budget in zip(decoding, budgets, strict=True):
+            if request.masks is None:
+                continue
+            most = min(budget, self._room(request), request.params.depth or budget)
+            try:
+                tokens = request.masks.forced(most)
+            except DsparkError:  # verification will meet it too, and say so
+                continue
+            if tokens:
+                found[request.request_id] = tokens
+        return found
+
+    def _room(self, request: ActiveRequest) -> int:
+        """Nodes that a path may have: on top comes the closing token, which needs no draft."""
+        return request.remaining(self._target.info.max_positions) - 1
+
+    def load(self, decoding: Sequence[ActiveRequest], other_rows: int, forced: Forced) -> Load:
+        """A round before any node that a drafter offers.
 
         Args:
             decoding: Requests that decode.
             other_rows: Rows that ride along: prompt chunks.
+            forced: From `forced`.
         """
         if not decoding:
             return Load(0.0, None)
+        other_rows += sum(len(tokens) for tokens in forced.values())
         context = sum(len(request.tokens) for request in decoding) // len(decoding)
         # What is measured while rounds run would make a seed's text differ from run to run under
         # rules that draw from laws; a profile alone does not.
@@ -123,7 +163,9 @@ class Drafting:
             context,
             with_overhead=not (is_drawn and self._costs.is_profiled),
         )
-        return Load(sum(request.priority for request in decoding), rates)
+        certain = (1 + len(forced.get(request.request_id, ())) for request in decoding)
+        worth = zip((request.priority for request in decoding), certain, strict=True)
+        return Load(sum(priority * tokens for priority, tokens in worth), rates)
 
     def budget(self, request: ActiveRequest, count: int) -> int:
         """Nodes that may be drafted for a request in a round, whatever is drawn in it.
@@ -133,7 +175,8 @@ class Drafting:
             count: Requests that decode.
         """
         params, limits = request.params, self._limits
-        if not params.draft or self._has_failed or self._is_idle:
+        has_drafter = not (self._has_failed or self._is_idle)
+        if not params.draft or not (has_drafter or request.masks is not None):
             return 0
         budget = params.tree_budget
         if budget is None:
@@ -144,20 +187,30 @@ class Drafting:
         return budget if most is None else min(budget, most)
 
     def propose(
-        self, decoding: Sequence[ActiveRequest], budgets: Sequence[int], load: Load
+        self,
+        decoding: Sequence[ActiveRequest],
+        budgets: Sequence[int],
+        forced: Forced,
+        load: Load,
     ) -> dict[int, Proposal]:
-        """What the drafter offers, by request id; nothing where it is not worth asking.
+        """What the drafter offers behind forced tokens, by request id.
+
+        Nothing where it is not worth asking.
 
         Args:
             decoding: Requests that decode.
             budgets: Of each, from `budget`.
+            forced: From `forced`.
             load: From `load`.
         """
+        if self._has_failed or self._is_idle:
+            return {}
         contexts = []
         bar = _Bar(self._scheduler, load)
         wants_plain = self._costs.wants_plain(len(decoding))
         for request, budget in zip(decoding, budgets, strict=True):
-            context = self._context(request, budget, bar, wants_plain=wants_plain)
+            own = forced.get(request.request_id, ())
+            context = self._context(request, budget, own, bar, wants_plain=wants_plain)
             if context is not None:
                 contexts.append(context)
         if not contexts:
@@ -167,20 +220,40 @@ class Drafting:
             pairs = list(zip(contexts, proposals, strict=True))
             for context, proposal in pairs:
                 _check_limits(context, proposal)
-            return {context.request_id: proposal for context, proposal in pairs}
         except Exception as exc:  # noqa: BLE001 - drafters are plug-ins: whatever breaks in one
             # must cost speed, never the answer.
             self._give_up(exc)
             return {}
+        offers = {context.request_id: proposal for context, proposal in pairs}
+        for request in decoding:
+            if request.masks is not None and request.request_id in offers:
+                tokens = forced.get(request.request_id, ())
+                offers[request.request_id] = self._fit(request, tokens, offers[request.request_id])
+        return offers
+
+    def _fit(self, request: ActiveRequest, forced: Sequence[int], offer: Proposal) -> Proposal:
+        """What a grammar leaves of an offer, behind forced tokens."""
+        if request.masks is None:
+            return offer
+        try:
+            own = behind(offer, forced) if self._drafter.capture else offer
+            return without_forbidden(own, request.masks.below(forced))
+        except DsparkError:  # as in `forced`
+            return Proposal.empty()
 
     def cut(
-        self, decoding: Sequence[ActiveRequest], proposals: dict[int, Proposal], load: Load
+        self,
+        decoding: Sequence[ActiveRequest],
+        proposals: dict[int, Proposal],
+        forced: Forced,
+        load: Load,
     ) -> dict[int, Drafted]:
-        """What is verified of the proposals that are not empty, by request id.
+        """What is verified, by request id; requests that have nothing but the anchor are left out.
 
         Args:
             decoding: Requests that decode.
             proposals: From `propose`.
+            forced: From `forced`.
             load: From `load`.
         """
         drafted = [
@@ -188,13 +261,19 @@ class Drafting:
             for request in decoding
             if request.request_id in proposals and proposals[request.request_id].tree.num_nodes
         ]
-        if not drafted:
-            return {}
+        result: dict[int, Drafted] = {}
         try:
-            return self._cut(drafted, proposals, load)
+            if drafted:
+                result = self._cut(drafted, proposals, load)
         except Exception as exc:  # noqa: BLE001 - trees of a plug-in may be anything
             self._give_up(exc)
-            return {}
+        for request in decoding:
+            tokens = forced.get(request.request_id)
+            if tokens:
+                own = result.get(request.request_id, NOTHING)
+                whole = hang(tokens, own.proposal, draws_from_laws=request.rule.draws_from_laws)
+                result[request.request_id] = replace(own, proposal=whole, forced=len(tokens))
+        return result
 
     def _cut(
         self, drafted: Sequence[ActiveRequest], proposals: dict[int, Proposal], load: Load
@@ -219,7 +298,7 @@ class Drafting:
         for request, proposal, cut in zip(drafted, offered, cuts, strict=True):
             request.switch.first_node.offered(cut.first)
             kept = proposal if cut.keep is None else proposal.subtree(cut.keep)
-            result[request.request_id] = Drafted(kept, proposal.tree.num_nodes)
+            result[request.request_id] = Drafted(kept, proposal.tree.num_nodes, 0, kept.tree)
         return result
 
     def _give_up(self, exc: Exception) -> None:
@@ -228,17 +307,32 @@ class Drafting:
         self._has_failed = True
 
     def _context(
-        self, request: ActiveRequest, budget: int, bar: _Bar, *, wants_plain: bool
+        self,
+        request: ActiveRequest,
+        budget: int,
+        forced: Sequence[int],
+        bar: _Bar,
+        *,
+        wants_plain: bool,
     ) -> DraftContext | None:
         """What the drafter is told of a request, None if it is not to draft for it."""
-        # The closing token comes on top of the path, so the last remaining token needs no draft.
-        room = request.remaining(self._target.info.max_positions) - 1
+        count = len(forced)
         depth = request.params.depth
-        depth = min(self._limits.depth if depth is None else depth, room, budget)
-        if depth <= 0 or not self._is_on(request, budget, bar, wants_plain=wants_plain):
+        depth = self._limits.depth if depth is None else depth - count
+        depth = min(depth, self._room(request) - count, budget - count)
+        if forced and forced[-1] in self._target.info.eos_token_ids:
+            depth = 0  # nothing comes behind the end
+        if depth <= 0 or not self._is_on(request, budget - count, bar, wants_plain=wants_plain):
             request.switch.skipped()
             return None
-        return _draft_context(request, request.tokens, budget=budget, depth=depth)
+        if self._drafter.capture:
+            # Hidden states end at the anchor. Under the mask it drafts the forced tokens itself.
+            return _draft_context(request, request.tokens, budget=budget, depth=depth + count)
+        tokens = [*request.tokens, *forced] if forced else request.tokens
+        context = _draft_context(request, tokens, budget=budget - count, depth=depth)
+        if request.masks is not None:
+            context.allowed = request.masks.below(forced)
+        return context
 
     def _is_on(self, request: ActiveRequest, budget: int, bar: _Bar, *, wants_plain: bool) -> bool:
         """Whether drafting may pay for this request now."""
@@ -328,6 +422,7 @@ def _draft_context(
         depth=depth,
         width=request.params.width,
         features=features or None,
+        allowed=None if request.masks is None else request.masks.allowed,
     )
 
 

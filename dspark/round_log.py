@@ -5,33 +5,32 @@ from __future__ import annotations
 from itertools import takewhile
 
 from dspark.request import RoundStats
+from dspark.round_draft import Drafted
 from dspark.tree import DraftTree
 from dspark.verify.verifier import Verdict
 
 __all__ = ["round_stats"]
 
 
-def round_stats(
-    tree: DraftTree, verdict: Verdict, *, offered: int, accepted: int, committed: int
-) -> RoundStats:
+def round_stats(draft: Drafted, verdict: Verdict, *, accepted: int, committed: int) -> RoundStats:
     """What the log keeps of a request's round.
 
     Args:
-        tree: What was verified.
+        draft: What was verified.
         verdict: What the verifier said.
-        offered: Nodes before trimming.
         accepted: Drafted tokens that were committed.
         committed: Tokens that were committed.
 
     Returns:
         The entry.
     """
+    tree = draft.proposal.tree
     chain = _likeliest_chain(tree)
     # Where the text ended inside the path, what lies deeper was decided for nobody.
     end = accepted if committed <= len(verdict.path) else tree.max_depth
     pairs = zip(chain[:end], verdict.path, strict=False)
     return RoundStats(
-        proposed=offered,
+        proposed=draft.forced + draft.offered,
         verified=tree.num_nodes,
         accepted=accepted,
         committed=committed,
@@ -41,6 +40,7 @@ def round_stats(
         survival=tuple(float(tree.survival[node]) for node in chain[:end]),
         matched=sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)),
         nodes=_nodes(tree, frozenset(verdict.path), end) if tree.num_nodes > tree.max_depth else (),
+        forced=draft.forced,
     )
 
 

@@ -45,22 +45,22 @@ class _Part:
     Attributes:
         request: The request.
         part: Its rows.
-        proposal: The tree among them.
-        offered: Nodes that the drafter offered.
+        draft: The tree among them.
         is_prefill: It runs prompt tokens, or tokens again that it had to give up.
         ends_prefill: These are the last of them.
         wants_verdict: The rows yield tokens.
+        gained: Tokens that it brought a request that decodes, but for those that were certain.
         needs_scrub: Rows of it are not finite.
     """
 
     request: ActiveRequest
     part: BatchPart
-    proposal: Proposal
-    offered: int = 0
+    draft: Drafted = NOTHING
     is_prefill: bool = False
     ends_prefill: bool = False
     wants_verdict: bool = True
     needs_scrub: bool = False
+    gained: int = 0
 
 
 class RoundRunner:
@@ -105,12 +105,14 @@ class RoundRunner:
         """
         start = time.perf_counter()
         decoding, budgets, prefill = self._make_room(requests, make_room)
-        load = self._drafting.load(decoding, sum(len(part.part.token_ids) for part in prefill))
+        forced = self._drafting.forced(decoding, budgets)
+        rows = sum(len(part.part.token_ids) for part in prefill)
+        load = self._drafting.load(decoding, rows, forced)
         propose_at = time.perf_counter()
-        proposals = self._drafting.propose(decoding, budgets, load)
+        proposals = self._drafting.propose(decoding, budgets, forced, load)
         drafted_at = time.perf_counter()
-        parts = self._decode_parts(decoding, self._drafting.cut(decoding, proposals, load))
-        parts += prefill
+        drafts = self._drafting.cut(decoding, proposals, forced, load)
+        parts = self._decode_parts(decoding, drafts) + prefill
         if not parts:
             return 0
         batch = TokenBatch.build([part.part for part in parts])
@@ -171,7 +173,7 @@ class RoundRunner:
             draft = drafts.get(request.request_id, NOTHING)
             tokens, tree = request.tokens, draft.proposal.tree
             rows = verify_part(slot_of(request), tokens[-1], len(tokens) - 1, tree)
-            parts.append(_Part(request, rows, draft.proposal, offered=draft.offered))
+            parts.append(_Part(request, rows, draft))
         return parts
 
     # -- after the forward --------------------------------------------------------------------
@@ -202,7 +204,7 @@ class RoundRunner:
         request = part.request
         looks_back = has_history(request.params, request.bad_words)
         return VerifyJob(
-            proposal=part.proposal,
+            proposal=part.draft.proposal,
             start=start,
             params=request.params,
             rule=request.rule,
@@ -213,6 +215,7 @@ class RoundRunner:
             prompt=request.prompt,
             output=request.generated if looks_back else (),
             bad_words=request.bad_words,
+            allowed=None if request.masks is None else request.masks.allowed,
         )
 
     def _verify(
@@ -252,7 +255,7 @@ class RoundRunner:
             part.request.features.setdefault(layer, []).append(rows)
 
     def _append(self, part: _Part, verdict: Verdict, logits: torch.Tensor, start: int) -> None:
-        request, tree = part.request, part.proposal.tree
+        request, tree = part.request, part.draft.proposal.tree
         tokens = [int(tree.token[node]) for node in verdict.path] + [verdict.closing]
         count = request.params.logprobs
         before = request.num_generated
@@ -274,18 +277,22 @@ class RoundRunner:
     # -- statistics ---------------------------------------------------------------------------
 
     def _count(self, part: _Part, verdict: Verdict, committed: int) -> None:
-        request, tree, stats = part.request, part.proposal.tree, part.request.stats
+        request, draft, stats = part.request, part.draft, part.request.stats
+        tree = draft.proposal.tree
         # Tokens cut off by an end token were accepted but never committed: they do not count.
         accepted = min(len(verdict.path), committed)
+        forced = min(draft.forced, accepted)
+        part.gained = committed - forced
         request.rounds += 1
-        if part.offered:
+        if draft.offered:
             is_drawn = request.rule.draws_from_laws
-            outcome = Outcome(request.request_id, is_drawn, tree, len(verdict.path))
-            self._drafting.note(outcome)
+            found = max(len(verdict.path) - draft.forced, 0)
+            self._drafting.note(Outcome(request.request_id, is_drawn, draft.doubtful, found))
         stats.rounds += 1
-        stats.proposed += part.offered
+        stats.proposed += draft.forced + draft.offered
         stats.verified += tree.num_nodes
         stats.accepted += accepted
+        stats.forced += forced
         stats.committed += committed
         deepest = tree.max_depth
         if deepest > len(stats.verified_at_depth):
@@ -297,9 +304,7 @@ class RoundRunner:
         for depth in range(min(accepted, deepest)):
             stats.accepted_at_depth[depth] += 1
         if self._limits.keep_rounds:
-            entry = round_stats(
-                tree, verdict, offered=part.offered, accepted=accepted, committed=committed
-            )
+            entry = round_stats(draft, verdict, accepted=accepted, committed=committed)
             stats.round_log.append(entry)
 
     def _account(
@@ -307,7 +312,7 @@ class RoundRunner:
     ) -> None:
         rows = sum(len(part.part.token_ids) for part in parts)
         decoding = [part for part in parts if not part.is_prefill]
-        drafted = sum(part.offered > 0 for part in decoding)
+        drafted = sum(part.draft.offered > 0 for part in decoding)
         if len(decoding) == len(parts):
             self._costs.record(rows, forward)
             if drafted:
@@ -323,8 +328,6 @@ class RoundRunner:
             stats.seconds_rest += rest / len(decoding)
         if drafted and self._costs.is_known:
             self._weigh(decoding, draft / drafted)
-        for part in decoding:
-            part.request.committed_before = part.request.stats.committed
 
     def _weigh(self, decoding: Sequence[_Part], draft: float) -> None:
         """Tell the switches of requests that drafted what they gained.
@@ -334,15 +337,15 @@ class RoundRunner:
             draft: Seconds that drafting took for each of those that did.
         """
         count = len(decoding)
-        nodes = sum(part.proposal.tree.num_nodes for part in decoding)
+        certain = count + sum(part.draft.forced for part in decoding)
+        nodes = sum(part.draft.doubtful.num_nodes for part in decoding)
         context = sum(len(part.request.tokens) for part in decoding) // count
-        seconds = self._costs.forwards(count, nodes + 1, context)
+        seconds = self._costs.forwards(certain, nodes + 1, context)
         each = (seconds[-1] - seconds[0]) / max(nodes, 1)
         for part in decoding:
-            if part.offered:
-                extra = draft + float(each) * part.proposal.tree.num_nodes
-                committed = part.request.stats.committed - part.request.committed_before
-                part.request.switch.drafted(committed, extra, float(seconds[0]) / count)
+            if part.draft.offered:
+                extra = draft + float(each) * part.draft.doubtful.num_nodes
+                part.request.switch.drafted(part.gained, extra, float(seconds[0]) / count)
 
 
 def _stop_of(request: ActiveRequest, done: int) -> int:
@@ -360,7 +363,6 @@ def _prefill_part(request: ActiveRequest, done: int, stop: int) -> _Part:
     return _Part(
         request,
         part,
-        NOTHING.proposal,
         is_prefill=True,
         ends_prefill=ends,
         wants_verdict=wants,

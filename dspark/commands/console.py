@@ -27,6 +27,10 @@ __all__ = [
     "EffortOption",
     "ExactOption",
     "ExpertMemoryOption",
+    "GrammarOption",
+    "JsonSchemaOption",
+    "JsonWhitespaceOption",
+    "RegexOption",
     "TargetOption",
     "ThinkOption",
     "ThreadsOption",
@@ -55,6 +59,29 @@ DtypeOption: TypeAlias = Annotated[
     str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")
 ]
 DeviceOption: TypeAlias = Annotated[str, typer.Option("--device", help="auto, cpu, cuda ...")]
+JsonSchemaOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--json-schema",
+        metavar="FILE|TEXT",
+        help="Answer with JSON that fits this schema.",
+    ),
+]
+JsonWhitespaceOption: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--json-whitespace",
+        help="With --json-schema: free, spaced (as json.dumps; fewer rounds) or compact.",
+    ),
+]
+RegexOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--regex", help="Answer with what this expression matches from end to end."),
+]
+GrammarOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--grammar", metavar="FILE", help="Answer with a text of this Lark grammar."),
+]
 ExpertMemoryOption: TypeAlias = Annotated[
     str | None,
     typer.Option(
@@ -261,6 +288,9 @@ def _summary(engine: Engine, stats: Sequence[RequestStats]) -> list[str]:
         verified = sum(s.verified_at_depth[k] for s in stats if k < len(s.verified_at_depth))
         accepted = sum(s.accepted_at_depth[k] for s in stats if k < len(s.accepted_at_depth))
         rates.append(f"{100 * accepted / verified:.0f}%" if verified else "-")
+    forced = sum(s.forced for s in stats)
+    if forced:
+        lines.append(f"{forced} of the accepted tokens were all that the grammar allowed")
     if rates:
         lines.append("rounds that accepted a token at depth 1, 2, ...: " + " ".join(rates))
     parts = {

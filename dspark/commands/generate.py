@@ -17,10 +17,15 @@ from dspark.commands.console import (
     EffortOption,
     ExactOption,
     ExpertMemoryOption,
+    GrammarOption,
+    JsonSchemaOption,
+    JsonWhitespaceOption,
+    RegexOption,
     TargetOption,
     ThinkOption,
     ThreadsOption,
 )
+from dspark.commands.structured import asked_grammar, compiled
 from dspark.errors import ConfigError
 from dspark.request import FinishReason, GenerationResult, Prompt, Rule, SamplingParams
 
@@ -54,6 +59,10 @@ def generate(  # noqa: PLR0913 - one parameter per option is how Typer works
         list[str] | None, typer.Option("--stop", help="End before this text (repeatable).")
     ] = None,
     n: Annotated[int, typer.Option("--n", help="Samples.")] = 1,
+    json_schema: JsonSchemaOption = None,
+    json_whitespace: JsonWhitespaceOption = "free",
+    regex: RegexOption = None,
+    grammar: GrammarOption = None,
     logprobs: Annotated[
         int | None, typer.Option("--logprobs", help="With --json: alternatives per token.")
     ] = None,
@@ -114,6 +123,7 @@ def generate(  # noqa: PLR0913 - one parameter per option is how Typer works
     )
     if temperature is not None:
         _ = params.resolved_rule  # refuse a contradiction before a model is loaded
+    asked = asked_grammar(json_schema, regex, grammar, whitespace=json_whitespace)
     compare = compare or side_by_side
     texts = _prompts(prompt, file)
     _check_comparison(rule, compare=compare)
@@ -136,6 +146,7 @@ def generate(  # noqa: PLR0913 - one parameter per option is how Typer works
     )
     given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
     params = with_model_defaults(params, engine, given)
+    params = replace(params, grammar=compiled(asked, engine.codec))
     prompts = [as_prompt(engine, text, system=system, raw=raw) for text in texts]
     plain: list[GenerationResult] | None = None
     if side_by_side:
@@ -149,6 +160,7 @@ def generate(  # noqa: PLR0913 - one parameter per option is how Typer works
         _print_all(results, as_json, console, engine.codec if is_chat else None)
     if stats:
         ui.print_stats(console, engine, results)
+    _note_cut_texts(console, params, results)
     if any(result.error for result in results):
         raise typer.Exit(2)
     if any(result.finish_reason is FinishReason.CANCELLED for result in results):
@@ -157,6 +169,14 @@ def generate(  # noqa: PLR0913 - one parameter per option is how Typer works
         plain = plain or _decode_plainly(engine, prompts, params, results, console)
         if not _is_same_as_plain(engine, plain, results, console):
             raise typer.Exit(3)
+
+
+def _note_cut_texts(
+    console: Console, params: SamplingParams, results: list[GenerationResult]
+) -> None:
+    is_cut = any(result.finish_reason is FinishReason.LENGTH for result in results)
+    if params.grammar is not None and is_cut:
+        ui.print_note(console, "an answer was cut before its grammar was complete: --max-tokens")
 
 
 def _run_all(

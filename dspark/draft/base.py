@@ -17,6 +17,8 @@ from dspark.verify.noise import NoiseKey
 if TYPE_CHECKING:
     import torch
 
+    from dspark.verify.constraint import AllowedAfter
+
 __all__ = ["DraftContext", "Drafter", "Observer"]
 
 
@@ -37,6 +39,9 @@ class DraftContext:
         width: Children per node at the most, or None for the drafter's choice.
         features: Target hidden states of the tokens committed since the last call, if the drafter
             asked for them by `capture`: {layer: [n, D]}.
+        allowed: Which tokens the request's grammar lets follow a path of drafted tokens; None
+            without a grammar. A drafter that draws from laws must draw from laws under this mask;
+            one that offers candidates may ignore it, and loses those that are ruled out.
     """
 
     request_id: int
@@ -50,6 +55,7 @@ class DraftContext:
     depth: int
     width: int | None = None
     features: dict[int, torch.Tensor] | None = None
+    allowed: AllowedAfter | None = None
 
     @property
     def output_position(self) -> int:

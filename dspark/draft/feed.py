@@ -5,17 +5,20 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 
 from dspark.draft.base import DraftContext
 from dspark.draft.grow import Growth
 from dspark.errors import DsparkError
+from dspark.tree import BoolArray
 from dspark.verify import sampling
 
 __all__ = ["WarnOnce", "feed", "history_of"]
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 class WarnOnce:
@@ -55,8 +58,8 @@ def feed(
 ) -> None:
     """Shape the rows of a request's nodes and hand them to its tree.
 
-    Nodes whose logits are not finite, or cannot be shaped, are left without children; that asks
-    only what was known before these are drawn.
+    Nodes whose logits are not finite, or cannot be shaped, or leave nothing that the request's
+    grammar allows, are left without children; that asks only what was known before these are drawn.
 
     Args:
         growth: The tree.
@@ -70,20 +73,38 @@ def feed(
     is_sound = [math.isfinite(top) for top in logits.amax(dim=1).tolist()]
     if not all(is_sound):
         warn("the draft's logits are not finite", "no tokens are drafted after them.")
-        nodes = [node for node, ok in zip(nodes, is_sound, strict=True) if ok]
-        logits = logits[torch.tensor(is_sound, device=logits.device)]
-        if confidence is not None:
-            confidence = [c for c, ok in zip(confidence, is_sound, strict=True) if ok]
-    if not nodes:
-        return
-    paths = histories = None
-    if history is not None:
-        histories = [history] * len(nodes)
+    paths: list[Sequence[int]] = [()] * len(nodes)
+    if history is not None or context.allowed is not None:
         paths = [growth.tree.path_tokens(node) for node in nodes]
     try:
+        masks = [None if context.allowed is None else context.allowed(path) for path in paths]
+        is_open = [
+            ok and _leaves_some(row, mask)
+            for ok, row, mask in zip(is_sound, logits, masks, strict=True)
+        ]
+        if not all(is_open):
+            nodes, paths = _picked(nodes, is_open), _picked(paths, is_open)
+            masks = _picked(masks, is_open)
+            logits = logits[torch.tensor(is_open, device=logits.device)]
+            confidence = None if confidence is None else _picked(confidence, is_open)
+        if not nodes:
+            return
         params = [context.params] * len(nodes)
-        shaped = sampling.shape_logits(logits, params, histories, paths)
+        histories = None if history is None else [history] * len(nodes)
+        shaped = sampling.shape_logits(logits, params, histories, paths, masks=masks)
     except DsparkError as error:  # the target will meet it too, and report it
         warn("the draft's logits cannot be shaped", error.message)
         return
     growth.take(nodes, shaped, confidence)
+
+
+def _picked(values: Sequence[_T], flags: Sequence[bool]) -> list[_T]:
+    return [value for value, flag in zip(values, flags, strict=True) if flag]
+
+
+def _leaves_some(row: torch.Tensor, mask: BoolArray | None) -> bool:
+    """Whether a draft's logits [V] give mass to a token that the mask allows."""
+    if mask is None:
+        return True
+    allowed = row[torch.from_numpy(mask).to(row.device)]
+    return bool(allowed.numel()) and float(allowed.max()) > -math.inf

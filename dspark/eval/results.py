@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
+from dataclasses import fields as dataclass_fields
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -136,8 +137,10 @@ def program_facts() -> dict[str, Any]:
 
 def describe_params(params: SamplingParams) -> dict[str, Any]:
     """Sampling parameters after defaults were resolved, with the rule in force."""
-    fields = asdict(params)
+    fields = {field.name: getattr(params, field.name) for field in dataclass_fields(params)}
     fields.pop("seed")  # every question has its own
+    if fields.pop("grammar") is not None:
+        fields["grammar"] = True  # no text of its own says which
     return {**fields, "rule": params.resolved_rule.value}
 
 

@@ -1,13 +1,15 @@
 """From logits to laws: the one place where sampling parameters act, for target and draft alike.
 
-Order, per row: logit bias, repetition penalty, presence and frequency penalties, bad words,
-temperature, top-k, min-p, top-p. Each truncation acts on the law the one before it left.
+Order, per row: logit bias, repetition penalty, presence and frequency penalties, bad words, the
+grammar's mask, temperature, top-k, min-p, top-p. Each truncation acts on the law the one before it
+left.
 
 - Repetition penalty as in transformers (Keskar et al. 2019): a token of the prompt, the output or
   the path has a positive logit divided and a negative one multiplied by it.
 - Presence and frequency penalties as in OpenAI's API: count * frequency + presence is subtracted
   from a token that occurs in the output or the path; the prompt does not count.
 - Bad words: the last token of a sequence is removed where the context ends with the others.
+- Grammar: tokens outside the mask of the row's own path are removed (`dspark.verify.constraint`).
 - Top-k keeps exactly k tokens, top-p the smallest set whose mass reaches top_p; among equal logits
   the lowest ids are kept. At temperature 0 nothing is scaled or truncated.
 
@@ -31,8 +33,9 @@ from torch import Tensor
 
 from dspark.errors import CapabilityError, ConfigError, ShapeError
 from dspark.request import SamplingParams
+from dspark.tree import BoolArray
 
-__all__ = ["History", "has_history", "law_of_row", "laws", "shape_logits"]
+__all__ = ["History", "check_finite", "has_history", "law_of_row", "laws", "shape_logits"]
 
 FloatArray = NDArray[np.float64]
 HalfArray = NDArray[np.float32]
@@ -98,6 +101,7 @@ def shape_logits(
     histories: Sequence[History] | None = None,
     paths: Sequence[Sequence[int]] | None = None,
     bad_words: Sequence[TokenSequences] | None = None,
+    masks: Sequence[BoolArray | None] | None = None,
 ) -> Tensor:
     """Apply every row's sampling parameters to its logits.
 
@@ -108,6 +112,7 @@ def shape_logits(
         paths: Tokens of the tree path that each row sees after its history, its own token
             included; empty if None.
         bad_words: Token sequences that must not appear, per row; none if None.
+        masks: bool [V], the tokens that a grammar allows, per row; None for all.
 
     Returns:
         float32 [R, V], -inf for removed tokens; at least one token of every row is left. It may
@@ -118,20 +123,16 @@ def shape_logits(
         CapabilityError: If logits are NaN or +inf, or no token of a row can be drawn.
         ConfigError: If a token id in the bias or bad words is outside the vocabulary.
     """
-    _check_rows(logits, params, histories, paths, bad_words)
+    _check_rows(logits, params, histories, paths, bad_words, masks)
     shaped = logits.to(torch.float32)
     if shaped.shape[0] == 0:
         return shaped
-    best = shaped.amax(dim=1).tolist()
-    for r, top in enumerate(best):
-        if not math.isfinite(top):
-            raise CapabilityError(
-                f"the largest logit of row {r} is {top}, but must be finite.",
-                hint="the model's weights or activations overflow; try float32",
-            )
+    check_finite(shaped)
     runs = list(_runs(params))
     edits = _edited_rows(params, runs, bad_words)
-    if not edits and not any(_scales(params[r]) or _truncates(params[r]) for r, _ in runs):
+    masked = [(r, mask) for r, mask in enumerate(masks or ()) if mask is not None]
+    changes = any(_scales(params[r]) or _truncates(params[r]) for r, _ in runs)
+    if not (edits or masked or changes):
         return shaped
     if shaped.data_ptr() == logits.data_ptr():
         shaped = shaped.clone()
@@ -142,10 +143,26 @@ def shape_logits(
             counts[id(history)] = _Counts(history)
         path = paths[r] if paths else ()
         _edit(shaped[r], params[r], counts[id(history)], path, bad_words[r] if bad_words else ())
+    for r, mask in masked:
+        _keep_allowed(shaped[r], mask)
     for start, stop in runs:
         if _scales(params[start]) or _truncates(params[start]):
             _scale_and_truncate(shaped[start:stop], params[start])
     return shaped
+
+
+def check_finite(logits: Tensor) -> None:
+    """Refuse rows [R, V] that no token can be drawn from.
+
+    Raises:
+        CapabilityError: If the largest logit of a row is NaN or infinite.
+    """
+    for r, top in enumerate(logits.amax(dim=1).tolist()):
+        if not math.isfinite(top):
+            raise CapabilityError(
+                f"the largest logit of row {r} is {top}, but must be finite.",
+                hint="the model's weights or activations overflow; try float32",
+            )
 
 
 def _edited_rows(
@@ -168,7 +185,7 @@ def _check_rows(logits: Tensor, *per_row: Sequence[object] | None) -> None:
         if values is not None and len(values) != logits.shape[0]:
             raise ShapeError(
                 f"{logits.shape[0]} rows of logits came with {len(values)} parameters, histories, "
-                "paths or bad-word lists, but every row needs one."
+                "paths, bad-word lists or masks, but every row needs one."
             )
 
 
@@ -249,6 +266,18 @@ def _edit(
             f"the largest logit after bias, penalties and bad words is {top}, so no token can "
             "be drawn; at least one token of the vocabulary must stay allowed.",
             hint="shorten bad_words or raise the logit_bias",
+        )
+
+
+def _keep_allowed(row: Tensor, mask: BoolArray) -> None:
+    """Remove what a mask [V] does not allow from one row [V] in place."""
+    if len(mask) != row.shape[0]:
+        raise ShapeError(f"a mask has width {len(mask)}, but the logits have {row.shape[0]}.")
+    row.masked_fill_(torch.from_numpy(~mask).to(row.device), -math.inf)
+    if float(row.max()) == -math.inf:
+        raise CapabilityError(
+            "the grammar and the other parameters leave no token that could come next.",
+            hint="check the grammar for a dead end, and bad_words and logit_bias against it",
         )
 
 

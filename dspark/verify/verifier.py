@@ -2,16 +2,19 @@
 
 All rows are shaped in one call; requests whose rule compares tokens share one computation of the
 target's tokens per rule, with one copy to the host; laws are computed only for requests whose rule
-compares laws, and only at the rows their walk reaches. An empty tree (a plain step, or the token
-that prefill yields) goes the same way, so plain decoding under a rule is the same function.
+compares laws, and only at the rows their walk reaches. A request with a grammar is judged by
+itself, row by row as its walk goes on, since every row needs a mask. An empty tree (a plain step,
+or the token that prefill yields) goes the same way, so plain decoding under a rule is the same
+function.
 
 Letters: M rows of logits, V vocabulary, N nodes of one tree.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import overload
 
 import numpy as np
 import torch
@@ -21,9 +24,10 @@ from torch import Tensor
 from dspark.errors import ConfigError, ShapeError
 from dspark.request import Rule, SamplingParams
 from dspark.tree import DraftTree, Proposal
+from dspark.verify.constraint import AllowedAfter
 from dspark.verify.noise import NoiseKey, Stream, perturbed_argmax, uniform
 from dspark.verify.rules import CLOSING, draw, walk_block, walk_rejection, walk_targets
-from dspark.verify.sampling import History, has_history, law_of_row, shape_logits
+from dspark.verify.sampling import History, check_finite, has_history, law_of_row, shape_logits
 
 __all__ = ["Verdict", "VerifyJob", "verify"]
 
@@ -52,6 +56,7 @@ class VerifyJob:
         prompt: Prompt token ids.
         output: Token ids generated so far, the anchor included.
         bad_words: Token sequences that must not appear.
+        allowed: The masks of the request's grammar, None without one.
 
     Raises:
         ConfigError: If start, position or round is negative.
@@ -67,6 +72,7 @@ class VerifyJob:
     prompt: Sequence[int] = ()
     output: Sequence[int] = ()
     bad_words: Sequence[Sequence[int]] = ()
+    allowed: AllowedAfter | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -120,10 +126,20 @@ def verify(logits: Tensor, jobs: Sequence[VerifyJob]) -> list[Verdict]:
 
     Raises:
         ShapeError: If a job's rows lie outside `logits`, or its tree and laws do not fit together.
-        CapabilityError: If logits are NaN or infinite, or every token is banned.
+        CapabilityError: If logits are NaN or infinite, or no token can be drawn.
         ConfigError: If a rule cannot verify the tree it was given.
         DataError: If a draft law is not a law.
     """
+    free = [j for j, job in enumerate(jobs) if job.allowed is None]
+    verdicts = dict(zip(free, _verify_free(logits, [jobs[j] for j in free]), strict=True))
+    for j, job in enumerate(jobs):
+        if job.allowed is not None:
+            verdicts[j] = _verify_constrained(logits, job)
+    return [verdicts[j] for j in range(len(jobs))]
+
+
+def _verify_free(logits: Tensor, jobs: Sequence[VerifyJob]) -> list[Verdict]:
+    """Judge the trees of requests without a grammar together."""
     if not jobs:
         return []
     starts = np.cumsum([0, *(job.num_rows for job in jobs)])
@@ -140,8 +156,65 @@ def verify(logits: Tensor, jobs: Sequence[VerifyJob]) -> list[Verdict]:
             at += n
     by_law = [j for j in range(len(jobs)) if j not in verdicts]
     for j in by_law:
-        verdicts[j] = _verify_by_law(shaped[starts[j] : starts[j + 1]], jobs[j])
+        host: HalfArray = shaped[starts[j] : starts[j + 1]].detach().to("cpu").numpy()
+        verdicts[j] = _verify_by_law(host.__getitem__, jobs[j])
     return [verdicts[j] for j in range(len(jobs))]
+
+
+def _verify_constrained(logits: Tensor, job: VerifyJob) -> Verdict:
+    """Judge one tree, shaping only the rows that the walk comes to: each needs a mask."""
+    rows = _RowsOnDemand(logits, job)
+    if job.rule.draws_from_laws:
+        return _verify_by_law(lambda row: rows.shaped(row)[0].detach().to("cpu").numpy(), job)
+    path, tried, closing = walk_targets(job.proposal.tree, rows)
+    return Verdict(path, closing, tried)
+
+
+class _RowsOnDemand(Sequence[int]):
+    """The target's tokens at the rows of one job, each computed when it is asked for."""
+
+    def __init__(self, logits: Tensor, job: VerifyJob) -> None:
+        self._logits = _rows_of(logits, [job])
+        check_finite(self._logits)  # of rows too that no walk comes to: the cache holds them
+        self._job = job
+        self._known: dict[int, int] = {}
+        self._paths = _paths(job.proposal.tree)
+        self._depths = [0, *job.proposal.tree.depth.tolist()]
+
+    def __len__(self) -> int:
+        return self._job.num_rows
+
+    @overload
+    def __getitem__(self, row: int) -> int: ...
+    @overload
+    def __getitem__(self, row: slice) -> Sequence[int]: ...
+    def __getitem__(self, row: int | slice) -> int | Sequence[int]:
+        if isinstance(row, slice):
+            return [self[r] for r in range(*row.indices(len(self)))]
+        if row not in self._known:
+            self._known[row] = self._token(row)
+        return self._known[row]
+
+    def _token(self, row: int) -> int:
+        job, shaped = self._job, self.shaped(row)
+        stream = _stream_of(job)
+        if stream is None:
+            return int(shaped.argmax(dim=1)[0])
+        at = job.position + self._depths[row]
+        return int(perturbed_argmax(shaped, [job.noise], [at], stream=stream)[0])
+
+    def shaped(self, row: int) -> Tensor:
+        """Shaped logits of a row, float32 [1, V]."""
+        job, path = self._job, self._paths[row]
+        masks = None if job.allowed is None else [job.allowed(path)]
+        return shape_logits(
+            self._logits[row : row + 1],
+            [job.params],
+            [History(job.prompt, job.output)],
+            [path],
+            [job.bad_words],
+            masks,
+        )
 
 
 def _rows_of(logits: Tensor, jobs: Sequence[VerifyJob]) -> Tensor:
@@ -196,13 +269,16 @@ def _by_stream(jobs: Sequence[VerifyJob]) -> dict[Stream | None, list[int]]:
     """Group the token-comparing jobs by the noise they add; None for no noise."""
     groups: dict[Stream | None, list[int]] = {}
     for j, job in enumerate(jobs):
-        if job.rule.draws_from_laws:
-            continue
-        stream: Stream | None = None
-        if job.params.temperature > 0 and job.rule is not Rule.GREEDY:
-            stream = Stream.COUPLED if job.rule is Rule.COUPLED else Stream.MATCH
-        groups.setdefault(stream, []).append(j)
+        if not job.rule.draws_from_laws:
+            groups.setdefault(_stream_of(job), []).append(j)
     return groups
+
+
+def _stream_of(job: VerifyJob) -> Stream | None:
+    """The noise that a token-comparing job adds; None for no noise."""
+    if job.params.temperature == 0 or job.rule is Rule.GREEDY:
+        return None
+    return Stream.COUPLED if job.rule is Rule.COUPLED else Stream.MATCH
 
 
 def _target_tokens(
@@ -224,13 +300,17 @@ def _target_tokens(
     return tokens
 
 
-def _verify_by_law(shaped: Tensor, job: VerifyJob) -> Verdict:
-    """Judge one tree against the target's laws, computing those that the walk asks for."""
-    host: HalfArray = shaped.detach().to("cpu").numpy()
+def _verify_by_law(shaped: Callable[[int], HalfArray], job: VerifyJob) -> Verdict:
+    """Judge one tree against the target's laws, computing those that the walk asks for.
+
+    Args:
+        shaped: Row of the tree -> its shaped logits, float32 [V].
+        job: The tree.
+    """
     is_greedy = job.params.temperature == 0
 
     def target_law(row: int) -> FloatArray:
-        return law_of_row(host[row], is_greedy=is_greedy)
+        return law_of_row(shaped(row), is_greedy=is_greedy)
 
     def uniform_of(node: int) -> float:
         # The position tells the token after prefill from the first round's, whatever the caller
