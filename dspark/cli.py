@@ -23,7 +23,9 @@ from dspark.commands.bench import bench_command
 from dspark.commands.calibrate import calibrate_command
 from dspark.commands.console import print_error, stderr_console
 from dspark.commands.convert_draft import convert_draft_command
+from dspark.commands.corpus import corpus_command
 from dspark.commands.data import data_command
+from dspark.commands.serve import serve
 from dspark.commands.simulate import simulate
 from dspark.commands.train import train
 from dspark.errors import DataError, DsparkError
@@ -67,8 +69,10 @@ app.command("plan")(plan.plan)
 app.command("audit")(audit.audit)
 app.command("eval")(eval_commands.eval_command)
 app.command("data")(data_command)
+app.command("corpus")(corpus_command)
 app.command("bench")(bench_command)
 app.command("profile")(profile.profile)
+app.command("serve")(serve)
 app.command("simulate")(simulate)
 app.command("doctor")(doctor.doctor)
 app.command("report")(report.report)

@@ -102,15 +102,24 @@ class V4Codec(TextCodec):
         _check_is_open(messages)
         return text
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, object]] | None = None,
+    ) -> list[int]:
         """Encode chat messages, ready for the assistant's answer.
+
+        Args:
+            messages: The messages.
+            tools: Functions the model may call, in OpenAI's form; see `with_tools`.
 
         Raises:
             CapabilityError: If the checkpoint lacks a text that messages or settings need.
             CheckpointError: If the tokenizer lacks a token of the chat layout.
             DataError: If a message is malformed, or the last one leaves nothing to answer.
         """
-        text = self.chat_text(messages)
+        text = self.chat_text(with_tools(messages, tools=tools) if tools else messages)
         for token in _LAYOUT:
             # Cut into pieces, a missing token would give a prompt the model has never seen.
             if len(self._ids(token)) != 1:
