@@ -180,7 +180,7 @@ def test_the_default_model_chats() -> None:
     (result,) = engine.generate([messages], dspark.SamplingParams(max_tokens=12))
     assert "Paris" in result.text
     assert result.error is None
-    assert engine.drafter.name == "lookup"
+    assert engine.drafter.name == "lookup:smollm2-135m"  # the corpus that comes with dspark
     chunks = list(engine.stream(messages, dspark.SamplingParams(max_tokens=6)))
     assert result.text.startswith("".join(chunk.text for chunk in chunks))
     assert len(chunks[-1].result.token_ids) == 6
@@ -191,7 +191,9 @@ def test_the_probe_of_exact_mode_is_kept_and_used_again(
 ) -> None:
     from dspark import exactness
 
-    options = LoadOptions(name="m", dtype="float32", exact=True, probe_folder=tmp_path / "probes")
+    options = LoadOptions(
+        name="m", dtype="float32", exact=True, probe_folder=tmp_path / "probes", path="plain"
+    )
     first = load_target(fetched("smollm2-135m"), options).target.exactness
     (record,) = (tmp_path / "probes").iterdir()
     assert json.loads(record.read_text())["holds"]
