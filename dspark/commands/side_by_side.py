@@ -91,7 +91,7 @@ def show_both(
     Returns:
         The plain result and the speculative one; one of them alone if Ctrl-C ended it.
     """
-    panes = (_Pane("plain decoding"), _Pane(f"with the draft ({engine.drafter.name})"))
+    panes = (_Pane("plain decoding"), _Pane(f"draft {engine.drafter.name}"))
     results: list[GenerationResult] = []
     with _live(_View(panes, console.width), console):
         for pane, drafts in zip(panes, (False, True), strict=True):
