@@ -6,14 +6,12 @@ on here, wherever the ending of the text occurred there (dspark/draft/corpus.py)
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from dspark.errors import DataError
 from dspark.text import TextCodec
+from dspark.training.samples import read_answers
 
 __all__ = ["read_texts"]
 
@@ -40,34 +38,14 @@ def read_texts(paths: Sequence[Path], codec: TextCodec, *, vocab_size: int) -> l
 
 
 def _texts(path: Path, codec: TextCodec, vocab_size: int) -> Iterator[list[int]]:
+    if path.name.removesuffix(".gz").endswith(".jsonl"):
+        for _, response, _ in read_answers(path, vocab_size=vocab_size):
+            yield response
+        return
     try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as exc:
         raise DataError(f"{path} is not UTF-8 text.") from exc
-    except (OSError, EOFError) as exc:
-        reason = getattr(exc, "strerror", None) or exc
-        raise DataError(f"{path} cannot be read: {reason}.") from exc
-    if path.name.removesuffix(".gz").endswith(".jsonl"):
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                yield _response(line, f"{path}, line {number}", vocab_size)
-    else:
-        yield codec.encode_plain(text)
-
-
-def _response(line: str, where: str, vocab_size: int) -> list[int]:
-    try:
-        row: Any = json.loads(line)
-    except ValueError as exc:
-        raise DataError(f"{where} is not JSON: {exc}.") from exc
-    tokens = row.get("response_ids") if isinstance(row, dict) else None
-    if not isinstance(tokens, list) or any(type(token) is not int for token in tokens):
-        raise DataError(f"{where}: there is no response_ids, a list of token ids.")
-    if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
-        raise DataError(
-            f"{where}: response_ids has ids from {min(tokens)} to {max(tokens)}, but the target "
-            f"has {vocab_size} tokens.",
-            hint="these answers were made by another model",
-        )
-    return tokens
+    except OSError as exc:
+        raise DataError(f"{path} cannot be read: {exc.strerror}.") from exc
+    yield codec.encode_plain(text)

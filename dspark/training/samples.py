@@ -22,7 +22,15 @@ from numpy.typing import NDArray
 from dspark.errors import DataError
 from dspark.training.recipe import DataSection, RunSection
 
-__all__ = ["Sample", "Samples", "anchors_of", "frequent_tokens", "plan_epoch", "read_samples"]
+__all__ = [
+    "Sample",
+    "Samples",
+    "anchors_of",
+    "frequent_tokens",
+    "plan_epoch",
+    "read_answers",
+    "read_samples",
+]
 
 IntArray: TypeAlias = NDArray[np.int64]
 
@@ -89,8 +97,7 @@ def read_samples(section: DataSection, *, vocab_size: int) -> Samples:
     validation: list[tuple[float, Sample]] = []
     index = 0
     for path in _files(section.shards):
-        for number, line in _lines(path):
-            prompt, response, source = _parse(line, f"{path}, line {number}", vocab_size)
+        for prompt, response, source in read_answers(path, vocab_size=vocab_size):
             tokens = np.array([*prompt, *response], dtype=np.int64)[: section.max_tokens]
             digest.update(len(prompt).to_bytes(4, "little") + tokens.tobytes())
             start = len(prompt) if section.loss_on == "response" else 1
@@ -110,6 +117,23 @@ def read_samples(section: DataSection, *, vocab_size: int) -> Samples:
     validation.sort(key=lambda item: (item[0], item[1].index))
     held_out = tuple(sample for _, sample in validation)
     return Samples(tuple(train), held_out, digest.hexdigest())
+
+
+def read_answers(path: Path, *, vocab_size: int) -> Iterator[tuple[list[int], list[int], str]]:
+    """Read the answers of a shard, .jsonl or .jsonl.gz.
+
+    Args:
+        path: The file.
+        vocab_size: V of the target; larger ids are refused.
+
+    Yields:
+        Prompt ids, response ids, source.
+
+    Raises:
+        DataError: If it cannot be read or a line is wrong.
+    """
+    for number, line in _lines(path):
+        yield _parse(line, f"{path}, line {number}", vocab_size)
 
 
 def _files(patterns: Sequence[str]) -> list[Path]:

@@ -167,7 +167,7 @@ def run(monkeypatch):
 
 def test_the_command_takes_answers_and_texts(run, model, tmp_path, capsys):
     answers = tmp_path / "answers.jsonl.gz"
-    rows = [{"response_ids": [1, 2, 3]}, {"response_ids": []}, {"response_ids": [3, 1]}]
+    rows = [{"prompt_ids": [1], "response_ids": own} for own in ([1, 2, 3], [], [3, 1])]
     answers.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
     text = tmp_path / "text.txt"
     text.write_text("the lighthouse")
@@ -182,10 +182,10 @@ def test_the_command_takes_answers_and_texts(run, model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('{"response_ids": [1, "2"]}', "line 1: there is no response_ids"),
-        ('{"response_ids": [999999]}', "made by another model"),
+        ('{"prompt_ids": [], "response_ids": [1, "2"]}', "line 1: response_ids must be a list"),
+        ('{"prompt_ids": [], "response_ids": [999999]}', "made by another model"),
         ("[", "line 1 is not JSON"),
-        ('{"response_ids": []}', "no token"),
+        ('{"prompt_ids": [], "response_ids": []}', "no token"),
     ],
 )
 def test_bad_answers_are_named_by_file_and_line(run, model, tmp_path, capsys, line, words):
