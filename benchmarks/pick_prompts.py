@@ -1,0 +1,43 @@
+"""The questions of the bench in the README, picked from six prompt sets.
+
+    python benchmarks/pick_prompts.py FOLDER eval12.jsonl
+
+FOLDER holds humaneval.jsonl, mbpp.jsonl, gsm8k.jsonl, math500.jsonl, mt-bench.jsonl and
+arena-hard.jsonl, lines of {"turns": [...]}. The first turn of a set's first question and of the one
+a third of the set further on is taken; code, math or chat is its category.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+SETS = {
+    "humaneval": "code",
+    "mbpp": "code",
+    "gsm8k": "math",
+    "math500": "math",
+    "mt-bench": "chat",
+    "arena-hard": "chat",
+}
+
+
+def main() -> None:
+    """Write the file."""
+    if len(sys.argv) != 3:
+        raise SystemExit("usage: pick_prompts.py FOLDER OUT.jsonl")
+    folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+    picked = []
+    for name, category in SETS.items():
+        # Not splitlines: it parts lines at characters that JSON strings may hold.
+        lines = (folder / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines if line.strip()]
+        for place, row in enumerate(rows[:: max(1, len(rows) // 3)][:2]):
+            question = {"question_id": f"{name}-{place}", "category": category}
+            picked.append({**question, "turns": row["turns"][:1]})
+    out.write_text("".join(json.dumps(row) + "\n" for row in picked), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
