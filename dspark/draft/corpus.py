@@ -162,14 +162,12 @@ def _sorted_words(texts: Sequence[IntArray]) -> tuple[IntArray, ...]:
     parts = [np.append(text + 1, 0) for text in texts]
     tokens = np.concatenate([*parts, np.zeros(_PER_WORD * _WORDS, dtype=np.int64)])
     places = np.flatnonzero(tokens[: len(tokens) - _PER_WORD * _WORDS])
-    is_inside = np.ones(len(places), dtype=bool)
     words = []
     for word in range(_WORDS):
         packed = np.zeros(len(places), dtype=np.int64)
         for part in range(_PER_WORD):
-            here = tokens[places + word * _PER_WORD + part]
-            is_inside &= here != 0
-            packed = (packed << _BITS) | np.where(is_inside, here, 0)
+            # What stands behind a text's end is the next text: no match narrows past the 0 between.
+            packed = (packed << _BITS) | tokens[places + word * _PER_WORD + part]
         words.append(packed)
     order = np.lexsort(words[::-1])
     return tuple(word[order] for word in words)
