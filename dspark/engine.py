@@ -127,6 +127,7 @@ class Engine:
         dtype: str = "auto",
         device: str = "auto",
         exact: bool | None = None,
+        quant: str = "none",
         threads: int | None = None,
         expert_memory: int | str | None = None,
         think: bool | None = None,
@@ -145,6 +146,8 @@ class Engine:
             device: "auto" or a torch device; for DeepSeek-V4 also several, with commas between,
                 which its layers are split over.
             exact: Exact mode: True, False, or None to let the probe at load decide.
+            quant: Round the weights of linear layers to "int8" or "int4" as they are loaded: faster
+                on CPUs, and another model, which speculation is lossless against.
             threads: CPU threads, None for torch's own choice.
             expert_memory: Bytes ("32GiB") of routed experts to keep in memory, the others being
                 read from disk as they are wanted (DeepSeek-V4); None keeps all.
@@ -171,6 +174,7 @@ class Engine:
             dtype=dtype,
             device=device,
             exact=exact,
+            quant=quant,
             threads=threads,
             expert_memory=expert_memory,
             think=think,
@@ -406,6 +410,8 @@ class Engine:
             rows = self._runner.run(self._admission.active, self._admission.make_room)
             self.stats.rounds += rows > 0
             self.stats.rows += rows
+            self.stats.experts_chosen = self._runner.experts.chosen
+            self.stats.experts_woken = self._runner.experts.woken
         self._admission.retire()
 
     # -- inside -------------------------------------------------------------------------------

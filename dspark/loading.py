@@ -36,6 +36,7 @@ def load_engine(  # noqa: PLR0913 - one keyword per option of Engine.load
     dtype: str = "auto",
     device: str = "auto",
     exact: bool | None = None,
+    quant: str = "none",
     threads: int | None = None,
     expert_memory: int | str | None = None,
     think: bool | None = None,
@@ -57,6 +58,7 @@ def load_engine(  # noqa: PLR0913 - one keyword per option of Engine.load
         dtype=dtype,
         device=device,
         exact=exact,
+        quant=quant,
         probe_folder=cache_root() / "probes",
         expert_memory=_bytes(expert_memory),
     )

@@ -14,15 +14,18 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from dspark.errors import CheckpointError
+from dspark.errors import CapabilityError, CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from dspark.target import Target
     from dspark.text import TextCodec
 
-__all__ = ["LoadOptions", "LoadedTarget", "TargetLoader", "find_loader", "load_target"]
+__all__ = ["LoadOptions", "LoadedTarget", "QUANTS", "TargetLoader", "find_loader", "load_target"]
 
 GROUP = "dspark.targets"
+
+QUANTS = ("none", "int8", "int4")
+"""Values of LoadOptions.quant."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +45,8 @@ class LoadOptions:
             for that. Goes with exact=False.
         path: How a wrapped target runs: "fused" (dspark.adapters.fused), "plain" (stock modules),
             or "auto", the faster one on this machine.
+        quant: What the weights of linear layers are rounded to: "none", "int8" or "int4". Only for
+            targets that can (those that wrap transformers).
     """
 
     name: str
@@ -53,6 +58,7 @@ class LoadOptions:
     is_reference: bool = False
     has_many_rows: bool = False
     path: str = "auto"
+    quant: str = "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +129,11 @@ def load_target(folder: Path, options: LoadOptions) -> LoadedTarget:
 
     Raises:
         CheckpointError: If there is no readable config.json, or nothing handles it.
+        CapabilityError: If `quant` is asked of a loader without the attribute `can_quantise`.
+        ConfigError: If `quant` is none of QUANTS.
     """
+    if options.quant not in QUANTS:
+        raise ConfigError(f"quant is {options.quant!r}, but must be one of {', '.join(QUANTS)}.")
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -133,4 +143,10 @@ def load_target(folder: Path, options: LoadOptions) -> LoadedTarget:
         raise CheckpointError(f"{path} cannot be read as JSON: {exc}") from exc
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} does not hold a JSON object.")
-    return find_loader(config, is_reference=options.is_reference).load(folder, options)
+    loader = find_loader(config, is_reference=options.is_reference)
+    if options.quant != "none" and not getattr(loader, "can_quantise", False):
+        raise CapabilityError(
+            f"{options.name} cannot be rounded to {options.quant} as it is loaded.",
+            hint="leave out --quant",
+        )
+    return loader.load(folder, options)

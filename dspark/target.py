@@ -216,6 +216,7 @@ class TargetInfo:
         dtype: Weight dtype as text, "float32" or "bfloat16".
         device: Device as text.
         can_verify_trees: False for targets that only decode plainly.
+        quant: What the weights were rounded to as they were loaded: "none", "int8" or "int4".
     """
 
     name: str
@@ -228,6 +229,7 @@ class TargetInfo:
     dtype: str
     device: str
     can_verify_trees: bool = True
+    quant: str = "none"
 
 
 @runtime_checkable

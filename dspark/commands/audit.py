@@ -17,6 +17,7 @@ from dspark.commands.console import (
     DtypeOption,
     ExactOption,
     ExpertMemoryOption,
+    QuantOption,
     TargetOption,
     ThreadsOption,
 )
@@ -73,6 +74,7 @@ def audit(  # noqa: PLR0913 - one parameter per option is how Typer works
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="First seed of the noise.")] = 0,
     dtype: DtypeOption = "auto",
+    quant: QuantOption = "none",
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     exact: ExactOption = None,
@@ -110,6 +112,7 @@ def audit(  # noqa: PLR0913 - one parameter per option is how Typer works
         target=target,
         draft=draft,
         dtype=dtype,
+        quant=quant,
         device=device,
         threads=threads,
         exact=exact,

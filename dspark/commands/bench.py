@@ -20,6 +20,7 @@ from dspark.commands.console import (
     EffortOption,
     ExactOption,
     ExpertMemoryOption,
+    QuantOption,
     TargetOption,
     ThinkOption,
     ThreadsOption,
@@ -141,6 +142,7 @@ def bench_command(  # noqa: PLR0913 - one parameter per option is how Typer work
         int, typer.Option("--warm-up", min=0, help="Short runs before the first that counts.")
     ] = 1,
     dtype: DtypeOption = "auto",
+    quant: QuantOption = "none",
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     exact: ExactOption = None,
@@ -195,6 +197,7 @@ def bench_command(  # noqa: PLR0913 - one parameter per option is how Typer work
         target=target,
         draft=NONE,
         dtype=dtype,
+        quant=quant,
         device=device,
         threads=threads,
         exact=exact,

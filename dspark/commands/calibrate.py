@@ -18,6 +18,7 @@ from dspark.commands.console import (
     EffortOption,
     ExactOption,
     ExpertMemoryOption,
+    QuantOption,
     TargetOption,
     ThinkOption,
     ThreadsOption,
@@ -104,6 +105,7 @@ def calibrate_command(  # noqa: PLR0913 - one parameter per option is how Typer 
         bool, typer.Option("--dry-run", help="Leave the file beside the draft as it is.")
     ] = False,
     dtype: DtypeOption = "auto",
+    quant: QuantOption = "none",
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     exact: ExactOption = None,
@@ -133,6 +135,7 @@ def calibrate_command(  # noqa: PLR0913 - one parameter per option is how Typer 
         target=target,
         draft=draft,
         dtype=dtype,
+        quant=quant,
         device=device,
         threads=threads,
         exact=exact,

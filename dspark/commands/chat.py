@@ -19,6 +19,7 @@ from dspark.commands.console import (
     EffortOption,
     ExactOption,
     ExpertMemoryOption,
+    QuantOption,
     TargetOption,
     ThinkOption,
     ThreadsOption,
@@ -49,6 +50,7 @@ def chat(  # noqa: PLR0913 - one parameter per option is how Typer works
         int | None, typer.Option("--seed", help="Seed; each turn derives its own.")
     ] = None,
     dtype: DtypeOption = "auto",
+    quant: QuantOption = "none",
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     exact: ExactOption = None,
@@ -69,6 +71,7 @@ def chat(  # noqa: PLR0913 - one parameter per option is how Typer works
         target=target,
         draft=draft,
         dtype=dtype,
+        quant=quant,
         device=device,
         threads=threads,
         exact=exact,

@@ -30,6 +30,7 @@ __all__ = [
     "GrammarOption",
     "JsonSchemaOption",
     "JsonWhitespaceOption",
+    "QuantOption",
     "RegexOption",
     "TargetOption",
     "ThinkOption",
@@ -57,6 +58,10 @@ DraftOption: TypeAlias = Annotated[
 ]
 DtypeOption: TypeAlias = Annotated[
     str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")
+]
+QuantOption: TypeAlias = Annotated[
+    str,
+    typer.Option("--quant", help="Round the target's weights: none, int8 or int4 (another model)."),
 ]
 DeviceOption: TypeAlias = Annotated[str, typer.Option("--device", help="auto, cpu, cuda ...")]
 JsonSchemaOption: TypeAlias = Annotated[
@@ -187,6 +192,7 @@ def load_engine(  # noqa: PLR0913 - the options that commands share
     device: str,
     threads: int | None,
     exact: bool | None,
+    quant: str = "none",
     expert_memory: str | None = None,
     think: bool | None = None,
     effort: str | None = None,
@@ -211,6 +217,7 @@ def load_engine(  # noqa: PLR0913 - the options that commands share
             device=device,
             threads=threads,
             exact=exact,
+            quant=quant,
             expert_memory=expert_memory,
             think=think,
             effort=effort,
@@ -293,6 +300,9 @@ def _summary(engine: Engine, stats: Sequence[RequestStats]) -> list[str]:
         lines.append(f"{forced} of the accepted tokens were all that the grammar allowed")
     if rates:
         lines.append("rounds that accepted a token at depth 1, 2, ...: " + " ".join(rates))
+    chosen, woken = engine.stats.experts_chosen, engine.stats.experts_woken
+    if woken:
+        lines.append(f"experts: each that a step read served {chosen / woken:.2f} of its rows")
     parts = {
         "prefill": sum(s.seconds_prefill for s in stats),
         "draft": sum(s.seconds_draft for s in stats),
@@ -301,9 +311,9 @@ def _summary(engine: Engine, stats: Sequence[RequestStats]) -> list[str]:
     }
     lines.append("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in parts.items()))
     info, exactness = engine.target.info, engine.target.exactness
+    dtype = info.dtype if info.quant == "none" else f"{info.dtype}, {info.quant} weights"
     lines.append(
-        f"target {info.name} ({info.family}, {info.dtype}, {info.device}), "
-        f"draft {engine.drafter.name}"
+        f"target {info.name} ({info.family}, {dtype}, {info.device}), draft {engine.drafter.name}"
     )
     lines.append(
         f"exact mode {exactness.reason}; linear kernel {exactness.backend}, "

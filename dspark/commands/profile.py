@@ -17,6 +17,7 @@ from dspark.commands.console import (
     DtypeOption,
     ExactOption,
     ExpertMemoryOption,
+    QuantOption,
     TargetOption,
     ThreadsOption,
 )
@@ -55,6 +56,7 @@ def profile(  # noqa: PLR0913 - one parameter per option is how Typer works
         bool, typer.Option("--show", help="Print what was measured before, and measure nothing.")
     ] = False,
     dtype: DtypeOption = "auto",
+    quant: QuantOption = "none",
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     exact: ExactOption = None,
@@ -104,6 +106,7 @@ def profile(  # noqa: PLR0913 - one parameter per option is how Typer works
             target=target,
             draft="none",
             dtype=dtype,
+            quant=quant,
             device=device,
             threads=threads,
             exact=exact,

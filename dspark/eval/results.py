@@ -103,6 +103,7 @@ def build_header(engine: Engine, facts: RunFacts) -> dict[str, Any]:
             **describe_model(facts.target),
             "family": info.family,
             "dtype": info.dtype,
+            "quant": info.quant,
             "vocab_size": info.vocab_size,
             "num_layers": info.num_layers,
         },

@@ -17,6 +17,7 @@ from dspark.adapters.fused.target import FusedTarget
 from dspark.adapters.hf.target import HFTarget
 from dspark.errors import CapabilityError, ConfigError
 from dspark.exactness import read_probe
+from dspark.registry import QUANTS
 from dspark.target import Target
 from tests.conftest import random_model, random_target
 from tests.fused.models import choose, forward, needs_compiler, tree_part
@@ -174,9 +175,11 @@ def test_without_a_working_compiler(
 def test_kernels_are_compiled_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And the branch for AVX512-BF16, whose instruction other ones stand in for, is right."""
+    """And branches for other machines are right: AVX512-BF16, whose instruction other ones stand in
+    for, and no instruction for int8.
+    """
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(library, "_FLAGS", (*library._FLAGS, "-DDSPARK_PAIRS"))
+    monkeypatch.setattr(library, "_FLAGS", (*library._FLAGS, "-DDSPARK_PAIRS", "-DDSPARK_NO_VNNI"))
     first = library.load_library(tmp_path)
     assert [p.suffix for p in tmp_path.iterdir()] == [".so"]  # and no scratch is left
     assert "compiling" in caplog.text
@@ -193,6 +196,10 @@ def test_kernels_are_compiled_once(
     tokens = list(range(3, 43))
     ours, theirs = (_logits(which, tokens) for which in (target, plain))
     assert (ours - theirs).abs().max() <= 0.03 * theirs.abs().max()
+    slow = [_logits(choose(random_model("llama"), quant=quant), tokens) for quant in QUANTS[1:]]
+    monkeypatch.undo()
+    for quant, logits in zip(QUANTS[1:], slow, strict=True):
+        assert torch.equal(_logits(choose(random_model("llama"), quant=quant), tokens), logits)
 
 
 def _logits(target: Target, tokens: list[int]) -> torch.Tensor:

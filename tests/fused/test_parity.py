@@ -103,8 +103,8 @@ def test_weights_that_bfloat16_holds_are_stored_so_and_change_nothing() -> None:
     options = LoadOptions(name="rounded", exact=True)
     plain = wrap_model(rounded, adapter_for(rounded.config.model_type), options)
     assert isinstance(target, FusedTarget)
-    assert target.decoder.is_half
-    assert not fused_target("qwen3").decoder.is_half
+    assert target.decoder.stored == "bfloat16"
+    assert fused_target("qwen3").decoder.stored == "float32"
     assert target.info.dtype == "float32"
     for a, b in zip(life_of_requests(target), life_of_requests(plain), strict=True):
         assert (a - b).abs().max() <= TOLERANCE[torch.float32] * b.abs().max()

@@ -46,6 +46,9 @@ _TIMED_PAIRS = 6
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.06}
 """Largest difference from the plain path's logits, relative to the largest logit."""
 
+_ROUNDED = 0.1
+"""The same for quantised weights, where the fused path rounds its inputs to int8 as well."""
+
 _CHUNKS = (1, 2, 3, 4, 5, 6, 7, 9, 11, 15, 17)
 """Sizes of forwards that give 80 rows, for the check of row counts."""
 
@@ -120,12 +123,14 @@ class _Loading:
             eos_token_ids=eos_token_ids,
             dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
             device="cpu",
+            quant=options.quant,
         )
 
     def build(self, *, lets_go: bool) -> FusedTarget:
         """Pack the weights; with `lets_go` the model cannot be wrapped any more."""
-        parts = read_parts(self._model, self._adapter, self.library.lanes)
-        return FusedTarget(parts, self.library, self.info, lets_go=lets_go)
+        quant = self.options.quant
+        parts = read_parts(self._model, self._adapter, self.library.lanes, quant)
+        return FusedTarget(parts, self.library, self.info, quant=quant, lets_go=lets_go)
 
     def decide(self, target: FusedTarget, *, holds: bool) -> FusedTarget:
         """Set the target's exact mode from what the check found."""
@@ -152,7 +157,7 @@ def _measured(loading: _Loading, plain: Callable[[], HFTarget], fingerprint: str
     """The faster of both paths, from the record if there is one."""
     options, library = loading.options, loading.library
     folder = options.probe_folder
-    what = f"{fingerprint} {library.fingerprint} exact={options.exact}"
+    what = f"{fingerprint} {library.fingerprint} exact={options.exact} {options.quant}"
     key = exactness.probe_key(loading.config, loading.info.dtype, "cpu", f"path {what}")
     record = exactness.read_probe(folder, key) if folder is not None else None
     stock = None
@@ -160,7 +165,7 @@ def _measured(loading: _Loading, plain: Callable[[], HFTarget], fingerprint: str
         logger.info("timing both paths of %s on this machine (once)", options.name)
         fused = loading.build(lets_go=False)
         stock = plain()
-        record = _compare(fused, stock)
+        record = _compare(fused, stock, options.quant)
         if folder is not None:
             exactness.write_probe(folder, key, record)
     if record["path"] == "fused":
@@ -169,11 +174,11 @@ def _measured(loading: _Loading, plain: Callable[[], HFTarget], fingerprint: str
     return _with_note(plain() if stock is None else stock, str(record["reason"]))
 
 
-def _compare(fused: FusedTarget, stock: HFTarget) -> dict[str, Any]:
+def _compare(fused: FusedTarget, stock: HFTarget, quant: str) -> dict[str, Any]:
     """Check the fused path and time both; what is kept."""
     holds = check_rows(fused) and exactness.check_trees(fused)
     difference = _difference(fused, stock)
-    agrees = difference <= _TOLERANCE[fused.decoder.dtype]
+    agrees = difference <= (_TOLERANCE[fused.decoder.dtype] if quant == "none" else _ROUNDED)
     seconds = step_seconds({"fused": fused, "plain": stock}, _TIMED_ROWS, _TIMED_PAIRS)
     ratios = [seconds["fused"][rows] / seconds["plain"][rows] for rows in _TIMED_ROWS]
     reason = ""

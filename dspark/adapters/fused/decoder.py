@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from dspark.adapters.fused import structures
 from dspark.adapters.fused.layout import DecoderParts, LayerParts
 from dspark.adapters.fused.library import Library
-from dspark.adapters.fused.packing import PackedMatrix, pack_gated, pack_stacked
+from dspark.adapters.fused.packing import KINDS, PackedMatrix, pack_gated, pack_stacked
 from dspark.adapters.hf.store import SUM_COLUMNS, StoreCache
+from dspark.adapters.quantise import head_quant
 from dspark.target import TokenBatch
 
 __all__ = ["FusedDecoder"]
@@ -28,15 +29,18 @@ class FusedDecoder:
     Args:
         parts: The model, taken apart.
         library: The kernels.
+        quant: What to round the weights to (dspark.registry.QUANTS).
         lets_go: Empty the weights of the stock modules as they are packed, so that a model is never
             in memory twice. The modules cannot be used afterwards.
 
     Attributes:
         bytes_read: Bytes of weights that a step reads.
-        is_half: All weights are stored as bfloat16.
+        stored: How the weights of the layers are stored (packing.KINDS).
     """
 
-    def __init__(self, parts: DecoderParts, library: Library, *, lets_go: bool) -> None:
+    def __init__(
+        self, parts: DecoderParts, library: Library, *, quant: str = "none", lets_go: bool
+    ) -> None:
         self._library = library
         self._embedding = parts.embedding
         self._rotary = parts.rotary
@@ -49,11 +53,11 @@ class FusedDecoder:
         self._head_dim = parts.head_dim
         layers = []
         for layer in parts.layers:
-            layers.append(self._pack_layer(layer, library.lanes))
+            layers.append(self._pack_layer(layer, library.lanes, quant))
             if lets_go:
                 _let_go((*layer.qkv, layer.out, layer.gate, layer.up, layer.down))
         self._layers = (structures.Layer * len(layers))(*layers)
-        self.head = pack_stacked([parts.head], library.lanes)
+        self.head = pack_stacked([parts.head], library.lanes, head_quant(quant))
         if lets_go and parts.head.weight is not parts.embedding.weight:
             _let_go([parts.head])
         self._model = structures.Model(
@@ -75,15 +79,16 @@ class FusedDecoder:
         )
         packed = [item for item in (*self._kept, self.head) if isinstance(item, PackedMatrix)]
         self.bytes_read = sum(item.data.nbytes for item in packed)
-        self.is_half = all(item.is_half for item in packed)
+        kinds = {item.kind for item in packed[:-1]}
+        self.stored = KINDS[min(KINDS.index(kind) for kind in kinds)]
         self._work = torch.empty(0)
 
-    def _pack_layer(self, layer: LayerParts, lanes: int) -> structures.Layer:
+    def _pack_layer(self, layer: LayerParts, lanes: int, quant: str) -> structures.Layer:
         matrices = (
-            pack_stacked(layer.qkv, lanes),
-            pack_stacked([layer.out], lanes),
-            pack_gated(layer.gate, layer.up, lanes),
-            pack_stacked([layer.down], lanes),
+            pack_stacked(layer.qkv, lanes, quant),
+            pack_stacked([layer.out], lanes, quant),
+            pack_gated(layer.gate, layer.up, lanes, quant),
+            pack_stacked([layer.down], lanes, quant),
         )
         norms = (*layer.norms, *layer.head_norms)
         self._kept.extend((*matrices, *norms))

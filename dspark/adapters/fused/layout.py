@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dspark.adapters.base import FamilyAdapter
+from dspark.adapters.quantise import GROUP
 
 __all__ = ["LAYOUTS", "DecoderParts", "FamilyLayout", "LayerParts", "NotFused", "read_parts"]
 
@@ -130,13 +131,14 @@ class DecoderParts:
     dtype: torch.dtype
 
 
-def read_parts(model: Any, adapter: FamilyAdapter, lanes: int) -> DecoderParts:
+def read_parts(model: Any, adapter: FamilyAdapter, lanes: int, quant: str = "none") -> DecoderParts:
     """Take a stock model apart for the fused decoder.
 
     Args:
         model: A causal LM whose linear layers were not replaced yet.
         adapter: Its family.
         lanes: Floats of a vector of the kernels.
+        quant: What its weights will be rounded to.
 
     Raises:
         NotFused: If anything about it is not what the kernels compute.
@@ -174,7 +176,7 @@ def read_parts(model: Any, adapter: FamilyAdapter, lanes: int) -> DecoderParts:
         logit_softcap=float(adapter.logit_softcap(config) or 0.0),
         dtype=parameter.dtype,
     )
-    _check_sizes(parts, lanes)
+    _check_sizes(parts, lanes, quant)
     for key in {layer.rope for layer in layers}:
         cosines, _ = parts.rotary(torch.zeros(1, dtype=parts.dtype), torch.zeros(1, 1).long(), key)
         if cosines.shape[-1] != dim:
@@ -237,7 +239,7 @@ def _rotary(module: Any, keys: set[str]) -> Callable[[Tensor, Tensor, str], Any]
     return lambda x, positions, key: module(x, positions, key)
 
 
-def _check_sizes(parts: DecoderParts, lanes: int) -> None:
+def _check_sizes(parts: DecoderParts, lanes: int, quant: str) -> None:
     """Refuse sizes that do not fill vectors, and layers that differ in shape."""
     shapes = {
         (*(linear.weight.shape for linear in (*layer.qkv, layer.out, layer.up, layer.down)),)
@@ -249,6 +251,10 @@ def _check_sizes(parts: DecoderParts, lanes: int) -> None:
     for name, size in (("hidden", hidden), ("MLP", inner), ("head", parts.head_dim)):
         if size % lanes:
             raise NotFused(f"its {name} size, {size}, is no multiple of {lanes}")
+    if quant != "none":
+        for size in (hidden, inner, parts.layers[0].out.in_features):
+            if size % GROUP:
+                raise NotFused(f"its {quant} weights have {size} inputs, no multiple of {GROUP}")
     if parts.heads % parts.kv_heads or parts.heads // parts.kv_heads > 32:
         raise NotFused(f"{parts.heads} query heads over {parts.kv_heads} K/V heads are not fused")
     if parts.layers[0].out.in_features != parts.heads * parts.head_dim:

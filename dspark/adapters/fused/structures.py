@@ -7,7 +7,7 @@ from ctypes import c_float, c_int64, c_void_p
 
 from torch import Tensor
 
-from dspark.adapters.fused.packing import PackedMatrix
+from dspark.adapters.fused.packing import KINDS, PackedMatrix
 
 __all__ = ["Layer", "Matrix", "Model", "Piece", "Span", "Step", "address", "matrix"]
 
@@ -18,10 +18,11 @@ class Matrix(ctypes.Structure):
     _fields_ = (
         ("data", c_void_p),
         ("bias", c_void_p),
+        ("scale", c_void_p),
         ("inputs", c_int64),
         ("outputs", c_int64),
         ("panels", c_int64),
-        ("is_half", c_int64),
+        ("kind", c_int64),
     )
 
 
@@ -125,8 +126,9 @@ def matrix(packed: PackedMatrix) -> Matrix:
     return Matrix(
         address(packed.data),
         address(packed.bias),
+        address(packed.scale),
         packed.inputs,
         packed.outputs,
         packed.panels,
-        int(packed.is_half),
+        KINDS.index(packed.kind),
     )

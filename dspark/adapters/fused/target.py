@@ -28,13 +28,20 @@ class FusedTarget:
         parts: The model, taken apart.
         library: The kernels.
         info: Facts about the model.
+        quant: See `FusedDecoder`.
         lets_go: See `FusedDecoder`.
     """
 
     def __init__(
-        self, parts: DecoderParts, library: Library, info: TargetInfo, *, lets_go: bool
+        self,
+        parts: DecoderParts,
+        library: Library,
+        info: TargetInfo,
+        *,
+        quant: str = "none",
+        lets_go: bool,
     ) -> None:
-        self.decoder = FusedDecoder(parts, library, lets_go=lets_go)
+        self.decoder = FusedDecoder(parts, library, quant=quant, lets_go=lets_go)
         self._info = info
         self._shapes = [
             LayerShape(layer=layer, heads=parts.kv_heads, head_dim=parts.head_dim)
@@ -42,16 +49,16 @@ class FusedTarget:
         ]
         embedding: Tensor = parts.embedding.weight  # type: ignore[assignment]
         head = parts.head
-        self._tied = embedding if head.weight.data_ptr() == embedding.data_ptr() else None
+        is_tied = head.weight.data_ptr() == embedding.data_ptr() and quant == "none"
+        self._tied = embedding if is_tied else None
         self._head_bias = None if head.bias is None else head.bias.detach().clone()
         self._softcap = parts.logit_softcap or None
         self.exact = True
-        stored = "bfloat16" if self.decoder.is_half else "float32"
         self._exactness = ExactnessReport(
             enabled=True,
             holds=False,
             min_rows=1,
-            backend=f"fused (weights in {stored})",
+            backend=f"fused (weights in {self.decoder.stored})",
             cost=None,
             reason="not probed",
         )

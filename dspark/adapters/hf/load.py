@@ -33,6 +33,7 @@ from dspark.adapters.hf.linear import (
     linear_shapes,
 )
 from dspark.adapters.hf.target import HFTarget
+from dspark.adapters.quantise import quantise_modules
 from dspark.devices import pick_device, pick_dtype
 from dspark.errors import CapabilityError, CheckpointError
 from dspark.model_folder import fingerprint_weights, generation_config, sampling_defaults
@@ -55,6 +56,7 @@ class TransformersLoader:
     """Loader (dspark.registry) for every family that has an adapter."""
 
     priority = 0
+    can_quantise = True
 
     def handles(self, config: Mapping[str, Any]) -> bool:
         """True for every config that names a model type; unknown ones are refused by `load`."""
@@ -66,6 +68,7 @@ class TransformersLoader:
         Raises:
             CheckpointError: If the folder's files cannot be read, or tensors are missing.
             CapabilityError: If the family is unknown or cannot be tree-verified.
+            ConfigError: If `path` is unknown.
         """
         try:
             config = _config(folder)
@@ -83,6 +86,8 @@ class TransformersLoader:
         generation = generation_config(folder)
         eos = _eos_ids(config, generation, codec.eos_token_ids if codec else ())
         weights = fingerprint_weights(folder)
+        if options.quant != "none":
+            weights = f"{weights} {options.quant}"
 
         def plain() -> HFTarget:
             return wrap_model(model, adapter, options, eos_token_ids=eos, fingerprint=weights)
@@ -118,6 +123,8 @@ def wrap_model(
         CapabilityError: If exact mode was asked for and does not hold on this machine.
     """
     model.eval().requires_grad_(False)
+    if options.quant != "none":
+        quantise_modules(model, options.quant)
     model.set_attn_implementation(ATTENTION_NAME)
     experts.use_row_stable_experts(model)
     parameter = next(model.parameters())
@@ -148,6 +155,7 @@ def wrap_model(
         kernel=kernel,
         windows=windows,
         eos_token_ids=eos_token_ids,
+        quant=options.quant,
     )
     _decide(target, options, folder, key, record, windows)
     return target

@@ -37,6 +37,7 @@ class HFTarget:
         kernel: Linear kernel (linear.KERNELS).
         windows: Row windows by layer shape, or None without exact mode.
         eos_token_ids: Tokens that end a text.
+        quant: What the weights were rounded to before.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class HFTarget:
         kernel: str,
         windows: dict[tuple[int, int], RowWindow] | None,
         eos_token_ids: Sequence[int],
+        quant: str = "none",
     ) -> None:
         config = model.config.get_text_config()
         self._backbone: nn.Module = model.get_decoder()
@@ -91,6 +93,7 @@ class HFTarget:
             eos_token_ids=tuple(eos_token_ids),
             dtype=str(self._dtype).removeprefix("torch."),
             device=str(self._device),
+            quant=quant,
         )
 
     @property
@@ -183,7 +186,7 @@ class HFTarget:
         return torch.cat(parts, dim=1)
 
     def watch_experts(self, note: Callable[[int, Tensor], None]) -> AbstractContextManager[None]:
-        """Report routing; see `dspark.eval.profile_steps.TellsExperts`."""
+        """Report routing; see `dspark.expert_reuse.TellsExperts`."""
         return watch_routing(self._backbone, note)
 
     def _run_backbone(self, batch: TokenBatch, step: Step, capture: Sequence[int]) -> Tensor:

@@ -10,6 +10,7 @@
 #include <immintrin.h>
 #endif
 
+#include "quantised.h"
 #include "step.h"
 #include "vectors.h"
 
@@ -143,6 +144,10 @@ struct Product {
 
   void keep(int64_t panel, int64_t row, const Floats* sum) const {
     Floats a = sum[0], b = sum[1];
+    if (matrix.scale) {
+      a *= load(matrix.scale + panel * PANEL);
+      b *= load(matrix.scale + panel * PANEL + LANES);
+    }
     if (matrix.bias) {
       a += load(matrix.bias + panel * PANEL);
       b += load(matrix.bias + panel * PANEL + LANES);
@@ -166,10 +171,37 @@ struct Product {
   }
 
   void run(Worker me) const {
+    if (matrix.kind >= INT8)
+      run_quantised(me);
+    else
+      run_floats(me);
+  }
+
+  void run_quantised(Worker me) const {
+    const int64_t first = me.first(matrix.panels), last = me.last(matrix.panels);
+    const int64_t bytes = panel_bytes(matrix);
+    static thread_local Rounded inputs;
+    inputs.fill(x, rows, matrix.inputs);
+    const int64_t tiles = (rows + QUANTISED_ROWS - 1) / QUANTISED_ROWS;
+    for (int64_t panel = first; panel < last; panel++) {
+      const char* data = (const char*)matrix.data + panel * bytes;
+      for (int64_t t = 0; t < tiles; t++) {  // of like size: 16 rows are 6, 5 and 5
+        const int64_t a = rows * t / tiles, b = rows * (t + 1) / tiles;
+        QuantisedTile tile = pick_quantised(matrix.kind == INT4, (int)(b - a),
+                                            std::make_integer_sequence<int, QUANTISED_ROWS>());
+        Floats sums[QUANTISED_ROWS][2];
+        tile(inputs, a, data, sums);
+        for (int64_t r = a; r < b; r++) keep(panel, r, sums[r - a]);
+      }
+    }
+  }
+
+  void run_floats(Worker me) const {
     int64_t first = me.first(matrix.panels), last = me.last(matrix.panels);
     int64_t block = std::max<int64_t>(1, 98304 / (matrix.inputs * MOST_ROWS)) * MOST_ROWS;
-    int64_t bytes = matrix.inputs * PANEL * (matrix.is_half ? 2 : 4);
-    const bool has_pairs = HAS_PAIRS && matrix.is_half && model.is_rounded;
+    const int64_t bytes = panel_bytes(matrix);
+    const bool is_half = matrix.kind == BFLOAT16;
+    const bool has_pairs = HAS_PAIRS && is_half && model.is_rounded;
     const int64_t stride = has_pairs ? matrix.inputs / 2 : matrix.inputs;
     static thread_local std::vector<float> pairs;
     for (int64_t start = 0; start < rows; start += block) {
@@ -187,7 +219,7 @@ struct Product {
         // from the cache.
         for (int64_t t = 0; t < tiles; t++) {
           int64_t a = start + t * MOST_ROWS, b = std::min<int64_t>(start + count, a + MOST_ROWS);
-          Tile tile = pick_tile(matrix.is_half, has_pairs, (int)(b - a),
+          Tile tile = pick_tile(is_half, has_pairs, (int)(b - a),
                                 std::make_integer_sequence<int, MOST_ROWS>());
           Floats sums[MOST_ROWS][2];
           tile(input + (a - start) * stride, stride, data, matrix.inputs, sums);

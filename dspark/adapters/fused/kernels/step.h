@@ -6,11 +6,14 @@
 
 extern "C" {
 
+enum Kind { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3 };
+
 struct Matrix {
   const void* data;
-  const float* bias;  // [outputs], or null
+  const float* bias;   // [outputs], or null
+  const float* scale;  // [outputs] of int8, else null
   int64_t inputs, outputs, panels;
-  int64_t is_half;
+  int64_t kind;
 };
 
 struct Layer {
