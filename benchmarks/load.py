@@ -5,15 +5,17 @@
     python benchmarks/load.py --memory-limit 64        # MiB: short memory, with preemptions
 
 Questions about code and for chat alternate. At a concurrency of C, C requests are under way at all
-times: one that ends makes room for the next, until all were asked. Every configuration has an
-engine per concurrency, kept for all turns as a server would keep it; configurations take turns in
-changing order, so that a slow moment of the machine does not fall on one of them. Texts of greedy
-requests are compared with plain decoding's. The last line is one JSON object; --out keeps it, and
-after Ctrl-C it holds the turns that are whole.
+times: one that ends makes room for the next, until all were asked. Throughput is that of the time
+in which C are under way: plain answers of one length end together, drafted ones do not, and how
+soon the last few are done says nothing about load. Every configuration has an engine per
+concurrency, kept for all turns as a server would keep it; configurations take turns in changing
+order, so that a slow moment of the machine does not fall on one of them. Texts of greedy requests
+are compared with plain decoding's. The last line is one JSON object; --out keeps it, and after
+Ctrl-C it holds the turns that are whole.
 
-Figures of a run: output tokens per second over all requests; the median request's tokens per second
-and time to its first token; tau; verified nodes per request and round, the average verification
-budget; preemptions.
+Figures of a run: output tokens per second; the median request's tokens per second and time to its
+first token; tau; verified nodes per request and round, the average verification budget;
+preemptions.
 """
 
 from __future__ import annotations
@@ -98,6 +100,7 @@ class Load:
         under_way: list[ActiveRequest] = []
         every: list[ActiveRequest] = []
         start = time.perf_counter()
+        seconds, tokens = 0.0, 0
         while waiting or under_way:
             while waiting and len(under_way) < self.concurrency:
                 own = waiting.popleft()
@@ -105,13 +108,15 @@ class Load:
                 under_way += engine.submit(list(own.tokens), dspark.SamplingParams(**fields))
                 every.append(under_way[-1])
             engine.step()
+            if len(under_way) == self.concurrency:
+                seconds = time.perf_counter() - start
+                tokens = sum(request.num_generated for request in every)
             under_way = [request for request in under_way if request.phase is not Phase.DONE]
-        seconds = time.perf_counter() - start
         results = [request.result() for request in every]
         for result in results:
             if result.error is not None:
                 raise SystemExit(f"{self.name} at {self.concurrency}: {result.error}")
-        figures = _figures(results, seconds)
+        figures = {"tokens per second": tokens / seconds, **_figures(results)}
         figures["preemptions"] = engine.stats.preemptions - before
         return figures, [result.token_ids for result in results]
 
@@ -120,11 +125,10 @@ def _fields(params: dspark.SamplingParams) -> dict[str, Any]:
     return {name: getattr(params, name) for name in ("max_tokens", "temperature", "ignore_eos")}
 
 
-def _figures(results: list[dspark.GenerationResult], seconds: float) -> dict[str, float]:
+def _figures(results: list[dspark.GenerationResult]) -> dict[str, float]:
     stats = [result.stats for result in results]
     rounds = sum(s.rounds for s in stats)
     return {
-        "tokens per second": sum(s.output_tokens for s in stats) / seconds,
         "tokens per second of the median request": statistics.median(
             s.tokens_per_second for s in stats
         ),
@@ -184,7 +188,7 @@ def measure(
             whole: dict[tuple[str, int], dict[str, float]] = {}
             texts: dict[tuple[str, int], list[list[int]]] = {}
             for load in rng.sample(loads, len(loads)):
-                count = max(2 * load.concurrency, args.requests)
+                count = max(3 * load.concurrency, args.requests)
                 # The first turn warms up: it needs no more requests than run together.
                 few = asked * (1 + count // len(asked))
                 few = few[: load.concurrency if turn == 0 else count]
@@ -236,7 +240,7 @@ def main() -> None:
     parser.add_argument("--schedule", type=lambda text: text.split(","), default=["auto"])
     parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer")
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--requests", type=int, default=8, help="at the least; 2 C if more")
+    parser.add_argument("--requests", type=int, default=12, help="at the least; 3 C if more")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--memory-limit", type=int, help="MiB of K/V cache")
     parser.add_argument("--seed", type=int, default=0, help="of the order of runs")

@@ -158,14 +158,12 @@ class Drafting:
         # What is measured while rounds run would make a seed's text differ from run to run under
         # rules that draw from laws; a profile alone does not.
         is_drawn = any(request.rule.draws_from_laws for request in decoding)
-        rates = self._costs.rates(
-            len(decoding) + other_rows,
-            context,
-            with_overhead=not (is_drawn and self._costs.is_profiled),
-        )
+        by_time = not (is_drawn and self._costs.is_profiled)
+        rates = self._costs.rates(len(decoding) + other_rows, context, with_overhead=by_time)
         certain = (1 + len(forced.get(request.request_id, ())) for request in decoding)
         worth = zip((request.priority for request in decoding), certain, strict=True)
-        return Load(sum(priority * tokens for priority, tokens in worth), rates)
+        value = sum(priority * tokens for priority, tokens in worth)
+        return Load(value, rates, self._costs.asking if by_time else 0.0)
 
     def budget(self, request: ActiveRequest, count: int) -> int:
         """Nodes that may be drafted for a request in a round, whatever is drawn in it.
@@ -183,6 +181,8 @@ class Drafting:
             budget = min(limits.tree_budget, max(1, limits.max_rows // count - 1))
             most = self._scheduler.draft_limit
             budget = budget if most is None else min(budget, most)
+            if not request.rule.draws_from_laws:
+                budget = request.switch.appetite.most(budget)
         most = self._target.exactness.max_nodes
         return budget if most is None else min(budget, most)
 
@@ -298,6 +298,7 @@ class Drafting:
         for request, proposal, cut in zip(drafted, offered, cuts, strict=True):
             request.switch.first_node.offered(cut.first)
             kept = proposal if cut.keep is None else proposal.subtree(cut.keep)
+            request.switch.appetite.took(kept.tree.num_nodes, proposal.tree.num_nodes)
             result[request.request_id] = Drafted(kept, proposal.tree.num_nodes, 0, kept.tree)
         return result
 

@@ -36,6 +36,7 @@ MOST = _PER_WORD * _WORDS - 1
 _MASK = (1 << _BITS) - 1
 _FEW = 64  # occurrences that are counted faster one by one
 _SAMPLE = 1024  # occurrences looked at to weigh what follows
+_MOST_FOLLOWERS = 64  # of such a sample
 _MAX_KEPT = 1 << 16  # ranges whose followers are remembered
 
 Place: TypeAlias = tuple[int, int, int, int]
@@ -130,15 +131,11 @@ class Corpus:
         else:
             column = (self._words[word][first:end:step] >> shift) & _MASK
             # Sorted, so equal ones are together.
-            starts = np.flatnonzero(column[1:] != column[:-1]) + 1
-            ends = [*starts.tolist(), len(column)]
-            pairs = [
-                (token, step * (end - start))
-                for token, start, end in zip(
-                    column[[0, *starts]].tolist(), [0, *ends[:-1]], ends, strict=True
-                )
-            ]
-            pairs.sort(key=lambda pair: -pair[1])
+            ends = np.flatnonzero(np.append(column[1:] != column[:-1], True))
+            sizes = np.diff(ends, prepend=-1)
+            order = np.argsort(-sizes, kind="stable")[:_MOST_FOLLOWERS]
+            tokens, counts = column[ends[order]].tolist(), (step * sizes[order]).tolist()
+            pairs = list(zip(tokens, counts, strict=True))
         return tuple((token - 1, count) for token, count in pairs if token)
 
     def _narrow(self, place: Place, token: int) -> Place | None:

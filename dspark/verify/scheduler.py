@@ -110,10 +110,12 @@ class Load:
         value: Sum of the priorities of all requests that decode.
         rates: How many nodes -> SPS with 0, 1, ... of them on top of the rows there are anyhow
             (anchors, prompt chunks), float64 [nodes + 1]; None while costs are not known.
+        asking: Seconds that drafting for one request takes.
     """
 
     value: float
     rates: Callable[[int], FloatArray] | None
+    asking: float = 0.0
 
 
 @dataclass(slots=True)
@@ -218,6 +220,7 @@ class Scheduler:
         """The survival that the best node of a request must exceed if any of its nodes is to pay.
 
         It asks whether nodes pay that are the only ones of the round; others only raise the bar.
+        What drafting them takes is to be saved yet, so they must pay for that too.
 
         Args:
             load: The round without nodes.
@@ -234,9 +237,10 @@ class Scheduler:
         if kind in _STATIC or load.rates is None:
             return 0.0
         stops = kind is ScheduleKind.EARLY_STOP or (is_drawn and kind is ScheduleKind.AUTO)
-        rates = load.rates(1 if stops else nodes)
-        count = np.arange(1, len(rates))
-        return float((load.value * (rates[0] / rates[1:] - 1) / count).min()) / weight
+        seconds = 1.0 / load.rates(1 if stops else nodes)
+        count = np.arange(1, len(seconds))
+        longer = (seconds[1:] + load.asking) / seconds[0] - 1
+        return float((load.value * longer / count).min()) / weight
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         """Learn how often verified nodes were accepted, for later rounds.

@@ -11,10 +11,12 @@ at depth 8, and one factor for all would be wrong at both ends, on which the cut
 are few, hence noisy; each depth therefore leans on the one above it, as `_TRUST` expected tokens of
 evidence would.
 
-**Whose rounds.** Under greedy, coupled and sample-match all requests share one record. Under rules
-that draw from laws a request is corrected by its own past rounds alone: two requests with the same
-seed have the same noise in the same round of theirs, so one's outcome would tell of the other's
-tokens before they are drawn. A record of all of them exists too, for the log.
+**Whose rounds.** Under greedy, coupled and sample-match all requests share one record, and each has
+a factor of its own on top of it: a draft that knows one kind of text misses another, and rows are
+better spent where they are accepted. Under rules that draw from laws a request is corrected by its
+own past rounds alone: two requests with the same seed have the same noise in the same round of
+theirs, so one's outcome would tell of the other's tokens before they are drawn. A record of all of
+them exists too, for the log.
 
 **What cannot be seen is forgotten.** A draft that was found so poor that none of its nodes is
 verified any more gives no evidence either way. Each such round takes a fifth of the old evidence,
@@ -44,6 +46,8 @@ _TOLERANCE = 0.1  # smaller deviations are left alone
 _TELL = 1.2  # a factor that moved by more than this since it was last told is logged
 _FADE_SHARED = 0.995  # per verified tree: the last 200 or so count
 _FADE_OWN = 0.98
+_OWN_TRUST = 4.0  # expected tokens of evidence that a request is like the others
+_FADE_REQUEST = 0.98  # of its factor on top of the shared record
 _FORGET = 0.8  # what is left after a round in which nothing offered was verified
 
 
@@ -79,6 +83,8 @@ class Drift:
         self._factors = np.ones((2, _SIZE))
         self._fade = np.array([_FADE_SHARED, _FADE_SHARED])
         self._told = np.ones((2, _SIZE))
+        self._seen: dict[int, tuple[float, float]] = {}  # accepted, expected by the shared record
+        self._scale: dict[int, float] = {}  # of requests that differ from the others
         self._is_active = False
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
@@ -86,14 +92,19 @@ class Drift:
         if not outcomes:
             return
         rows = [self._row(o.request_id) if o.is_drawn else _SHARED for o in outcomes]
+        for outcome in outcomes:
+            if not outcome.is_drawn:
+                self._compare(outcome)
         self._add(rows, outcomes)
         drawn = [outcome for outcome in outcomes if outcome.is_drawn]
         if drawn:
             self._add([_LOGGED] * len(drawn), drawn)
-        self._is_active = bool((self._factors != 1).any())
+        self._is_active = bool(self._scale) or bool((self._factors != 1).any())
 
     def release(self, request_id: int) -> None:
         """Forget what a request showed by itself."""
+        self._seen.pop(request_id, None)
+        self._scale.pop(request_id, None)
         row = self._row_of.pop(request_id, None)
         if row is not None:
             self._accepted[row] = self._predicted[row] = 0.0
@@ -124,7 +135,8 @@ class Drift:
         corrected: list[float] = []
         for (owner, is_drawn), tree, first in zip(owners, trees, start.tolist(), strict=False):
             row = self._row(owner) if is_drawn else _SHARED  # which may make the array grow
-            factors = self._factors[row].tolist()
+            scale = self._scale.get(owner, 1.0)
+            factors = [factor * scale for factor in self._factors[row].tolist()]
             nodes = zip(tree.depth.tolist(), tree.parent.tolist(), strict=True)
             for node, (depth, parent) in enumerate(nodes, start=first):
                 value = values[node] * factors[min(depth, _DEPTHS)]
@@ -133,6 +145,23 @@ class Drift:
         return np.array(corrected)
 
     # -- inside -------------------------------------------------------------------------------
+
+    def _compare(self, outcome: Outcome) -> None:
+        """Count what a request's nodes did against what the shared record expects of them."""
+        accepted, expected = self._seen.get(outcome.request_id, (0.0, 0.0))
+        tree = outcome.tree
+        left = _FADE_REQUEST if len(tree.token) else _FORGET
+        factors = self._factors[_SHARED].tolist()
+        nodes = zip(tree.depth.tolist(), tree.survival.tolist(), strict=True)
+        expected *= left
+        expected += sum(min(1.0, value * factors[min(depth, _DEPTHS)]) for depth, value in nodes)
+        accepted = accepted * left + outcome.accepted
+        self._seen[outcome.request_id] = accepted, expected
+        scale = (accepted + _OWN_TRUST) / (expected + _OWN_TRUST)
+        if abs(scale - 1) > _TOLERANCE:
+            self._scale[outcome.request_id] = scale
+        else:
+            self._scale.pop(outcome.request_id, None)
 
     def _row(self, request_id: int) -> int:
         """The row of a request whose rule draws from laws; a new one if it has none."""

@@ -40,10 +40,10 @@ STATED = [0.9**depth for depth in range(1, 6)]
 def test_an_overstated_step_is_corrected_at_every_depth(seed: int) -> None:
     rng, drift = np.random.default_rng(seed), Drift()
     tree = chain_of(*STATED)
-    for _ in range(600):
-        drift.observe([played(rng, tree, 0.6)])
+    for request in range(600):
+        drift.observe([played(rng, tree, 0.6, who=request)])
     true = [0.6**depth for depth in range(1, 6)]
-    np.testing.assert_allclose(believed(drift, tree), true, atol=0.09)
+    np.testing.assert_allclose(believed(drift, tree, who=-1), true, atol=0.09)
 
 
 def test_an_understated_survival_is_raised_but_never_above_one_or_the_parent() -> None:
@@ -89,6 +89,19 @@ def test_a_draft_of_which_nothing_is_verified_any_more_gets_another_chance(is_dr
     for _ in range(25):
         drift.observe([Outcome(0, is_drawn, DraftTree.empty(), 0)])
     assert believed(drift, tree, is_drawn=is_drawn)[0] > 0.7
+
+
+def test_requests_that_do_better_than_others_are_told_apart() -> None:
+    rng, drift = np.random.default_rng(5), Drift()
+    tree = chain_of(0.5, 0.25)
+    for _ in range(60):
+        drift.observe([played(rng, tree, chance, who=who) for who, chance in ((1, 0.1), (2, 0.8))])
+    assert believed(drift, tree, who=1)[0] < 0.25
+    assert believed(drift, tree, who=2)[0] > 0.65
+    newcomer = believed(drift, tree, who=3)[0]
+    assert newcomer == pytest.approx(0.45, abs=0.12)  # what all showed together
+    drift.release(1)
+    assert believed(drift, tree, who=1)[0] == newcomer
 
 
 def test_while_others_are_verified_what_is_cut_to_nothing_takes_no_evidence_away() -> None:
