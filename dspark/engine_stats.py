@@ -14,6 +14,9 @@ class EngineStats:
     Attributes:
         rounds: Forwards of the target.
         rows: Rows of these forwards.
+        experts_chosen: Experts that rows chose, over all layers and forwards without prompt rows;
+            0 for targets without experts, or that cannot tell.
+        experts_woken: The distinct ones of a layer, over the same: what had to be read.
         submitted: Requests submitted, one per sample.
         finished: Requests that ended by themselves.
         cancelled: Requests that were cancelled.
@@ -25,6 +28,8 @@ class EngineStats:
 
     rounds: int = 0
     rows: int = 0
+    experts_chosen: int = 0
+    experts_woken: int = 0
     submitted: int = 0
     finished: int = 0
     cancelled: int = 0

@@ -18,6 +18,9 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from dspark.appetite import Appetite
+from dspark.expert_reuse import ExpertReuse, PricesExperts
+
 __all__ = ["FirstNode", "PayoffSwitch", "RoundCosts", "StepClock", "StepSeconds"]
 
 FloatArray = NDArray[np.float64]
@@ -112,16 +115,20 @@ class RoundCosts:
 
     Args:
         step_seconds: A measured profile, looked up as it is; None learns a line while rounds run.
+            One that prices experts is corrected by those that forwards were seen to wake.
 
     Attributes:
         clock: What is learned while rounds run.
+        reuse: Experts that forwards woke against the profile's; None if it prices none.
     """
 
     def __init__(self, step_seconds: StepSeconds | None = None) -> None:
         self.clock = StepClock()
+        self.reuse = ExpertReuse(step_seconds) if isinstance(step_seconds, PricesExperts) else None
         self._step_seconds = step_seconds
         self._curves: OrderedDict[int, FloatArray] = OrderedDict()  # seconds of 0, 1, ... rows
         self._overheads: deque[float] = deque(maxlen=_OVERHEADS)
+        self._askings: deque[float] = deque(maxlen=_OVERHEADS)
 
     @property
     def is_profiled(self) -> bool:
@@ -138,17 +145,36 @@ class RoundCosts:
         """Seconds of a drafted round outside the forward: the median of the last; 0 before any."""
         return statistics.median(self._overheads) if self._overheads else 0.0
 
+    @property
+    def asking(self) -> float:
+        """Seconds that drafting for one request takes: the median of the last; 0 before any."""
+        return statistics.median(self._askings) if self._askings else 0.0
+
     def wants_plain(self, requests: int) -> bool:
         """As `StepClock.wants_plain`; a profile needs no such step."""
         return not self.is_profiled and self.clock.wants_plain(requests)
 
-    def record(self, rows: int, seconds: float) -> None:
-        """Add a measured forward without prompt rows; see `StepClock.record`."""
-        self.clock.record(rows, seconds)
+    def record(self, rows: int, seconds: float, woken: float | None = None) -> None:
+        """Add a measured forward without prompt rows.
 
-    def record_overhead(self, seconds: float) -> None:
-        """Add what a drafted round took besides its forward."""
+        Args:
+            rows: Rows in the batch.
+            seconds: Wall-clock seconds.
+            woken: Distinct experts of a layer that it woke, the mean over layers, if that is known.
+        """
+        self.clock.record(rows, seconds)
+        if self.reuse is not None and woken is not None:
+            self.reuse.record(rows, woken)
+
+    def record_overhead(self, seconds: float, asking: float) -> None:
+        """Add what a drafted round took besides its forward.
+
+        Args:
+            seconds: All of it.
+            asking: What drafting took of it for each request that was drafted for.
+        """
         self._overheads.append(seconds)
+        self._askings.append(asking)
 
     def forwards(self, first: int, count: int, context: int) -> FloatArray:
         """Seconds of forwards of first, first + 1, ... rows.
@@ -189,16 +215,27 @@ class RoundCosts:
         Args:
             rows: Rows that a round has without drafted nodes.
             context: As for `forwards`.
-            with_overhead: Count what a round takes besides its forward, which is measured as
-                rounds run.
+            with_overhead: Count what is measured as rounds run: what a round takes besides its
+                forward, and how many experts its rows wake.
 
         Returns:
             Nodes n -> float64 [n + 1], with 0, 1, ... n nodes; None while costs are not known.
         """
         if not self.is_known:
             return None
-        extra = self.overhead if with_overhead else 0.0
-        return lambda nodes: 1.0 / (self.forwards(rows, nodes + 1, context) + extra)
+        if not with_overhead:
+            return lambda nodes: 1.0 / self.forwards(rows, nodes + 1, context)
+        extra = self.overhead
+        return lambda nodes: 1.0 / (self._corrected(rows, nodes + 1, context) + extra)
+
+    def _corrected(self, first: int, count: int, context: int) -> FloatArray:
+        """As `forwards`, with as many experts as forwards were seen to wake."""
+        seconds = self.forwards(first, count, context)
+        if self.reuse is None:
+            return seconds
+        # However much rows share, a step of many takes no less than one of a single row.
+        least = np.minimum(seconds, self.forwards(1, 1, context))
+        return np.maximum(seconds + self.reuse.seconds(first, count), least)
 
 
 @dataclass(slots=True)
@@ -249,11 +286,13 @@ class PayoffSwitch:
         allowed: False to never switch off.
         off_count: Times it switched off.
         first_node: What the request's last proposals were worth.
+        appetite: How many of their nodes were verified.
     """
 
     allowed: bool = True
     off_count: int = 0
     first_node: FirstNode = field(default_factory=FirstNode)
+    appetite: Appetite = field(default_factory=Appetite)
     _tokens: float = 0.0
     _squares: float = 0.0
     _ratio: float = 0.0

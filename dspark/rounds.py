@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TypeAlias
@@ -17,6 +18,7 @@ from dspark.active import ActiveRequest, Phase
 from dspark.cache import Cache
 from dspark.draft.base import Drafter
 from dspark.errors import DsparkError
+from dspark.expert_reuse import ExpertCounter
 from dspark.payoff import RoundCosts, StepSeconds
 from dspark.request import TokenLogprob
 from dspark.round_draft import NOTHING, Drafted, Drafting, slot_of
@@ -73,6 +75,9 @@ class RoundRunner:
         limits: Sizes.
         schedule: How drafted nodes are admitted.
         step_seconds: What forwards cost, if that was measured beforehand.
+
+    Attributes:
+        experts: Those that forwards without prompt rows woke.
     """
 
     def __init__(
@@ -89,6 +94,7 @@ class RoundRunner:
         self._cache = cache
         self._limits = limits
         self._eos = frozenset(target.info.eos_token_ids)
+        self.experts = ExpertCounter(target)
         self._costs = RoundCosts(step_seconds)
         scheduler = Scheduler(schedule)
         self._drafting = Drafting(target, cache, drafter, limits, scheduler, self._costs)
@@ -117,7 +123,8 @@ class RoundRunner:
             return 0
         batch = TokenBatch.build([part.part for part in parts])
         forward_at = time.perf_counter()
-        output = self._target.forward(batch, self._cache, capture=self._drafting.capture)
+        with nullcontext() if prefill else self.experts.count():
+            output = self._target.forward(batch, self._cache, capture=self._drafting.capture)
         if output.logits.device.type != "cpu":
             torch.accelerator.synchronize(output.logits.device)
         forward_end = time.perf_counter()
@@ -314,9 +321,9 @@ class RoundRunner:
         decoding = [part for part in parts if not part.is_prefill]
         drafted = sum(part.draft.offered > 0 for part in decoding)
         if len(decoding) == len(parts):
-            self._costs.record(rows, forward)
+            self._costs.record(rows, forward, self.experts.last)
             if drafted:
-                self._costs.record_overhead(draft + rest)
+                self._costs.record_overhead(draft + rest, draft / drafted)
         for part in parts:
             stats = part.request.stats
             share = forward * len(part.part.token_ids) / rows

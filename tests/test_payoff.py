@@ -219,10 +219,12 @@ def test_a_line_of_costs_is_what_single_readings_give(slope: float) -> None:
 
 def test_what_a_round_takes_besides_its_forward_flattens_the_rates() -> None:
     costs = RoundCosts(lambda rows, context: float(rows))
-    costs.record_overhead(60.0)  # the draft read the prompt
+    assert costs.asking == costs.overhead == 0
+    costs.record_overhead(60.0, 50.0)  # the draft read the prompt
     for _ in range(6):
-        costs.record_overhead(3.0)
+        costs.record_overhead(3.0, 2.0)
     assert costs.overhead == 3.0
+    assert costs.asking == 2.0
     assert costs.rates(1, 10, with_overhead=True)(2).tolist() == [1 / 4, 1 / 5, 1 / 6]
     assert costs.rates(1, 10, with_overhead=False)(2).tolist() == [1, 1 / 2, 1 / 3]
 

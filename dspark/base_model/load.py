@@ -13,6 +13,7 @@ from dspark.base_model.chat_codec import load_v4_codec
 from dspark.base_model.checkpoint import Checkpoint
 from dspark.base_model.expert_store import ExpertStore, PagedExperts, ResidentExperts
 from dspark.base_model.model import V4Model
+from dspark.base_model.native_experts import choose_kernels
 from dspark.base_model.target import V4Target
 from dspark.devices import pick_device, pick_dtype
 from dspark.errors import CapabilityError
@@ -22,7 +23,10 @@ from dspark.registry import LoadedTarget, LoadOptions
 __all__ = ["LOADER", "V4Loader"]
 
 _CHECKED_ENTRIES = 8
-"""Entries that the indexer keeps during the second check of exact mode, of some 60."""
+"""Entries that the indexer keeps during the second check of exact mode, of some 30."""
+
+_CHECKED_TOKENS = 125
+"""Tokens of that check's context: it, too, ends just under a boundary that its tree crosses."""
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +46,8 @@ class V4Loader:
         Raises:
             CheckpointError: If tensors are missing, superfluous or mis-shaped.
             ConfigError: If the config contradicts itself, or the expert memory is too small.
-            CapabilityError: If exact mode was asked for and does not hold here.
+            CapabilityError: If exact mode was asked for and does not hold here, or kernels for the
+                experts (`path="fused"`) that cannot be had.
         """
         checkpoint = Checkpoint.open(folder)
         checkpoint.check()
@@ -50,17 +55,11 @@ class V4Loader:
         dtype = pick_dtype(options.dtype, devices[0])
         codec = load_v4_codec(folder)
         eos = (checkpoint.config.eos_token_id, *(codec.eos_token_ids if codec else ()))
-        target = V4Target(
-            V4Model(
-                checkpoint.config,
-                checkpoint,
-                open_experts(checkpoint, options.expert_memory),
-                dtype=dtype,
-                devices=devices,
-            ),
-            name=options.name,
-            eos_token_ids=tuple(dict.fromkeys(eos)),
-        )
+        experts = open_experts(checkpoint, options.expert_memory)
+        model = V4Model(checkpoint.config, checkpoint, experts, dtype=dtype, devices=devices)
+        model.numerics.kernels = choose_kernels(checkpoint, devices, dtype, options)
+        eos_ids = tuple(dict.fromkeys(eos))
+        target = V4Target(model, name=options.name, eos_token_ids=eos_ids)
         decide_exactness(target, options, fingerprint_weights(folder))
         # The release samples at temperature 1 with the whole law.
         sampling = {"temperature": 1.0, "top_p": 1.0, **sampling_defaults(folder)}
@@ -84,8 +83,11 @@ def decide_exactness(target: V4Target, options: LoadOptions, fingerprint: str) -
         CapabilityError: If it was asked for and does not hold.
     """
     holds, cost = False, None
+    kernels = target.model.numerics.kernels
     if options.exact is not False:
         info = target.info
+        if kernels is not None:
+            fingerprint = f"{fingerprint} {kernels.fingerprint}"
         key = exactness.probe_key(
             asdict(target.model.config), info.dtype, info.device, f"v4 selection {fingerprint}"
         )
@@ -110,7 +112,7 @@ def decide_exactness(target: V4Target, options: LoadOptions, fingerprint: str) -
         wanted=options.exact,
         holds=holds,
         min_rows=target.min_rows,
-        backend="torch",
+        backend="torch" if kernels is None else "torch, experts in C++",
         cost=cost,
     )
     target.set_exactness(report if report.enabled else replace(report, min_rows=1))
@@ -122,4 +124,4 @@ def _check_selection(target: V4Target) -> bool:
     As loaded it keeps every entry of so short a context, so its scores would never be compared.
     """
     with target.model.keeping(_CHECKED_ENTRIES):
-        return exactness.check_trees(target)
+        return exactness.check_trees(target, most=_CHECKED_TOKENS)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from torch.nn import functional as F
 
 from dspark.base_model.fp8 import act_quant
 from dspark.base_model.stored import StoredWeight
+
+if TYPE_CHECKING:
+    from dspark.base_model.native_experts import ExpertKernels
 
 __all__ = ["EXACT_ROWS", "Linear", "Numerics", "WeightSource", "rms_norm", "stable_top"]
 
@@ -57,12 +60,14 @@ class Numerics:
         compute: Dtype of the operands of matrix products.
         exact: Rows are bitwise independent of the rows that ride along.
         fake_quant: Activations are rounded to FP8 and FP4 where the release's kernels do.
+        kernels: What runs routed experts instead of torch; None for torch.
     """
 
     dtype: torch.dtype
     compute: torch.dtype
     exact: bool = False
     fake_quant: bool = False
+    kernels: ExpertKernels | None = None
     _scratch: dict[torch.device, Tensor] = field(default_factory=dict)
 
     @property

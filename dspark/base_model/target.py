@@ -98,7 +98,7 @@ class V4Target:
 
     @contextmanager
     def watch_experts(self, note: Callable[[int, Tensor], None]) -> Iterator[None]:
-        """Report routing; see `dspark.eval.profile_steps.TellsExperts`."""
+        """Report routing; see `dspark.expert_reuse.TellsExperts`."""
         blocks = self.model.blocks
         for layer, block in enumerate(blocks):
             block.experts.on_route = partial(note, layer)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 from dspark.errors import DsparkError
-from dspark.eval.profile import seconds_for
+from dspark.eval.profile_costs import costs_of
 from dspark.eval.profile_measure import quick_profile
 from dspark.eval.profile_store import keep_profile, key_of, load_profile
 from dspark.payoff import StepSeconds
@@ -55,4 +54,4 @@ def kept_or_quick(
             logger.warning("what a step of %s costs cannot be measured: %s", name, exc.message)
             return None
         keep_profile(replace(profile, key=key_of(target, expert_memory=expert_memory)))
-    return partial(seconds_for, profile)
+    return costs_of(profile)

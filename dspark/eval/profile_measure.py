@@ -17,14 +17,9 @@ import torch
 
 from dspark.errors import ConfigError
 from dspark.eval.profile import ExpertCount, Profile, ProfilePoint
-from dspark.eval.profile_steps import (
-    MOST_ROWS,
-    StepBench,
-    TellsExperts,
-    sample_texts,
-    split_rows,
-)
+from dspark.eval.profile_steps import MOST_ROWS, StepBench, sample_texts, split_rows
 from dspark.eval.profile_store import describe_target, key_of
+from dspark.expert_reuse import TellsExperts
 from dspark.target import Target
 
 if TYPE_CHECKING:
@@ -289,7 +284,8 @@ def quick_profile(
     bench.extend(context)
     used: list[int] = []
     for rows in _QUICK_ROWS:
-        took = bench.step([rows])
+        with samples.watch(target, rows):
+            took = bench.step([rows])
         if len(used) >= _QUICK_LEAST and clock() - start + took > seconds:
             break
         samples.add(context, rows, bench.step([rows]))
@@ -305,5 +301,6 @@ def quick_profile(
     return Profile(
         key=key,
         points=samples.points(),
+        experts=samples.experts(),
         settings={"rows_per_request": MOST_ROWS, "quick": True},
     )

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 __all__ = [
     "MOST_ROWS",
     "StepBench",
-    "TellsExperts",
     "profile_tree",
     "sample_texts",
     "split_rows",
@@ -43,22 +41,6 @@ _CHUNK = 512  # rows of a prefill forward
 _DEPTH = 8  # of a request's tree
 _WIDTH = 4  # children of a node
 _APART = 7  # tokens of the text between a node's children
-
-
-@runtime_checkable
-class TellsExperts(Protocol):
-    """A target that tells which experts its rows are routed to."""
-
-    def watch_experts(
-        self, note: Callable[[int, torch.Tensor], None]
-    ) -> AbstractContextManager[None]:
-        """Have every forward inside the block report its routing.
-
-        Args:
-            note: Called with a layer and the experts chosen there, int64 [n, k]. Padding rows that
-                exact mode adds are among the rows, since they wake experts too.
-        """
-        ...
 
 
 def profile_tree(rows: int) -> tuple[list[int], list[int]]:

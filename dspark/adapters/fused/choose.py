@@ -8,7 +8,6 @@ asked for. The finding is kept per machine, threads, dtype and weights.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,20 +22,15 @@ from dspark.adapters.fused.layout import NotFused, read_parts
 from dspark.adapters.fused.library import Library, load_library
 from dspark.adapters.fused.target import FusedTarget
 from dspark.adapters.hf.target import HFTarget
-from dspark.errors import CapabilityError, ConfigError
+from dspark.errors import CapabilityError
 from dspark.models.store import cache_root
+from dspark.native import PATH_VARIABLE, PATHS, wanted_path
 from dspark.registry import LoadOptions
 from dspark.target import BatchPart, Target, TargetInfo, TokenBatch
 
 __all__ = ["PATHS", "PATH_VARIABLE", "check_rows", "choose_target", "step_seconds"]
 
 logger = logging.getLogger(__name__)
-
-PATHS = ("auto", "fused", "plain")
-"""Values of LoadOptions.path."""
-
-PATH_VARIABLE = "DSPARK_PATH"
-"""Environment variable that says which path "auto" is."""
 
 _LEAST_PARAMETERS = 10_000_000
 """Smaller models stay on the plain path unless asked: compiling would not pay."""
@@ -76,7 +70,7 @@ def choose_target(
         ConfigError: If the path is none of PATHS.
         CapabilityError: If the fused path was asked for and cannot be taken.
     """
-    wanted = _wanted_path(options)
+    wanted = wanted_path(options.path)
     if wanted == "plain" or options.has_many_rows:
         return plain()
     if wanted == "auto" and not _pays(model, options):
@@ -274,15 +268,6 @@ def step_seconds(
                 target.forward(batch, cache)
                 times[name][n].append(time.perf_counter() - start)
     return {name: {n: min(t) for n, t in found.items()} for name, found in times.items()}
-
-
-def _wanted_path(options: LoadOptions) -> str:
-    wanted = options.path
-    if wanted == "auto":
-        wanted = os.environ.get(PATH_VARIABLE) or "auto"
-    if wanted not in PATHS:
-        raise ConfigError(f"the path is {wanted!r}, but must be one of {', '.join(PATHS)}.")
-    return wanted
 
 
 def _pays(model: Any, options: LoadOptions) -> bool:
