@@ -16,7 +16,7 @@ northern cape was built in 1884 by a crew of forty masons. The lighthouse keeper
 cottage beside the tower. Every evning the keeper climbed the two hundred and twelve steps of the \
 tower to light the great oil lamp.
 
-.PHONY: help demo test test-fast test-real lint format bench venv clean
+.PHONY: help demo test test-fast test-real test-slow lint format bench venv clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -31,6 +31,10 @@ test-fast: $(VENV)/.stamp-dev  ## Run the tests that need neither network nor we
 
 test-real: $(VENV)/.stamp-dev  ## Run the tests on real weights (fetched on first use)
 	$(BIN)/python -m pytest -m "real and not slow and not gpu" $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.stamp-dev  ## Run the tests that take minutes, and properties on new examples
+	HYPOTHESIS_PROFILE=random $(BIN)/python -m pytest -n $(JOBS) --dist worksteal \
+	  -m "(slow or hypothesis) and not real and not gpu" $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-dev  ## Check format, style, types and the arrows between modules
 	$(BIN)/ruff format --check .

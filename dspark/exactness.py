@@ -54,18 +54,19 @@ class SwitchableTarget(Target, Protocol):
         ...
 
 
-def check_trees(target: Target) -> bool:
+def check_trees(target: Target, *, most: int = _CONTEXT) -> bool:
     """Compare a tree's logits with those of its paths run alone, bit by bit.
 
     Args:
         target: A target in exact mode.
+        most: Tokens of the context, fewer where the target has no room for them.
 
     Returns:
         True if every compared row is bitwise the same.
     """
     rng = np.random.default_rng(0)
     vocab, room = target.info.vocab_size, target.info.max_positions
-    length = min(_CONTEXT, max(2, room - 16))
+    length = min(most, max(2, room - 16))
     context = rng.integers(0, vocab, length).tolist()
     other = rng.integers(0, vocab, min(37, length)).tolist()
     tokens = rng.integers(0, vocab, len(_TREE_PARENT)).tolist()
@@ -105,7 +106,9 @@ def check_trees(target: Target) -> bool:
                 return False
         alone.release(line)
         if leaf == 4:
-            alone.forget_kept()  # once from scratch, then by way of a shared prefix
+            # Once from scratch, then by way of a prefix that a finished request has left.
+            alone.forget_kept()
+            alone.release(_prefill(target, alone, context, chunks=1))
     return True
 
 
@@ -162,7 +165,8 @@ def probe_key(config: dict[str, Any], dtype: str, device: str, weights: str) -> 
     """
     facts = {
         "schema": _SCHEMA,
-        "config": config,
+        # Where the folder lies is no fact about the model.
+        "config": {key: value for key, value in config.items() if key != "_name_or_path"},
         "dtype": dtype,
         "device": device,
         "weights": weights,

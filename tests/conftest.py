@@ -5,13 +5,17 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import random
+import secrets
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 
 # torch and transformers are imported where they are used: pytest loads this file in the process
 # that only hands tests out, too, and the others wait for it.
@@ -76,6 +80,13 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 }
 
 _PROBES = "DSPARK_TEST_PROBES"
+_SEEDS = random.Random(0)
+
+# "fixed" tries the same examples at every run, so that a change is what makes a test fail; "random"
+# looks for new ones: HYPOTHESIS_PROFILE=random.
+settings.register_profile("fixed", max_examples=40, deadline=None, derandomize=True)
+settings.register_profile("random", max_examples=300, deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -87,8 +98,36 @@ def _one_thread() -> None:
         torch.set_num_threads(1)
 
 
+@functools.cache
+def _measure_briefly() -> None:
+    """Let loading spend little on what a step costs, which decides about speed alone.
+
+    It takes two seconds for every target that is new to it, most of the time of many a test.
+    """
+    from dspark.eval import profile_auto
+
+    profile_auto.quick_profile = functools.partial(profile_auto.quick_profile, seconds=0.05)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Every test begins with the same random numbers, whichever ran before it in its process.
+
+    Requests without a seed get theirs from `secrets`, which is made to tell the same every time.
+    """
+    if item.get_closest_marker("real") is None:
+        _measure_briefly()
+    random.seed(0)
+    _SEEDS.seed(0)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(0)
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.default_generator.manual_seed(0)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Let all processes of a session share what they find out about exact mode."""
+    secrets.randbits = _SEEDS.getrandbits
     if _PROBES not in os.environ:
         folder = tempfile.TemporaryDirectory(prefix="dspark-probes-")
         os.environ[_PROBES] = folder.name  # of which the processes that xdist starts have a copy
@@ -100,6 +139,7 @@ def pytest_collection_finish() -> None:
     """What was imported stays, so the garbage collector need not look at it again and again."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 def probe_folder() -> Path | None:
@@ -109,6 +149,24 @@ def probe_folder() -> Path | None:
     """
     folder = os.environ.get(_PROBES)
     return None if folder is None else Path(folder)
+
+
+@pytest.fixture(scope="module")
+def module_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache of the module's own, but for what loading finds out about machine and weights.
+
+    That is the whole session's: weights written by different tests are checked once if they, and
+    the times of their files, are the same (tests.test_cli.save_model).
+    """
+    folder = tmp_path_factory.mktemp("cache")
+    (folder / "dspark").mkdir()
+    for name in ("probes", "kernels"):
+        shared = (probe_folder() or folder) / f"shared-{name}"
+        shared.mkdir(exist_ok=True)
+        (folder / "dspark" / name).symlink_to(shared, target_is_directory=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
 
 
 def random_model(

@@ -8,6 +8,8 @@ import io
 import itertools
 import json
 import os
+import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -17,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import typer
 
 import dspark
 from dspark import cli
@@ -56,6 +57,7 @@ def save_model(
     tokenizer.eos_token = None
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
+    os.utime(folder / "model.safetensors", ns=(0, 0))  # the same weights are checked once
     return folder
 
 
@@ -71,12 +73,8 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Checks at load run once, and Typer makes its parser of all commands once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
-        yield
+def _own_cache(module_cache: Path) -> None:
+    """Nothing of the user's is read or written."""
 
 
 @pytest.fixture
@@ -122,7 +120,7 @@ def test_stdout_is_the_text_and_nothing_else(generate: Run, library: dspark.Engi
     assert generate("abcabc", "--show-accepted").out == ran.out  # no tint in a pipe
 
 
-@pytest.mark.parametrize("draft", ["none", "lookup", "itself", "itself+lookup"])
+@pytest.mark.parametrize("draft", ["lookup", "itself+lookup"])
 def test_the_draft_does_not_show_in_the_text(draft: str, generate: Run, raw_model: str) -> None:
     options = ("--temperature", "1", "--seed", "7")
     spec = draft.replace("itself", raw_model)
@@ -289,6 +287,47 @@ def test_the_version_and_the_models_are_listed(run: Run) -> None:
     record = json.loads(run("models", "--json").out)
     assert {"llama", "qwen", "gemma"} <= set(record["families"])
     assert not any(model["cached"] for model in record["models"])
+
+
+def test_running_the_module_is_running_the_command(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = run("models", "--json")
+    monkeypatch.setattr(sys, "argv", ["dspark", "models", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("dspark", run_name="__main__")
+    assert Ran(int(ended.value.code or 0), *capsys.readouterr()) == expected
+
+
+def test_the_help_lists_every_command_with_its_first_words(run: Run) -> None:
+    ran = run("--help")
+    assert ran.code == 0
+    listed = dict(
+        line.strip().split(maxsplit=1)
+        for line in ran.out.split("Commands:")[1].splitlines()
+        if line
+    )
+    page = (Path(__file__).parents[1] / "docs" / "cli.md").read_text(encoding="utf-8")
+    sections = re.findall(r"\n## dspark ([a-z-]+)\n\n    .*\n\n(.*)", page)
+    assert len(sections) > 15
+    assert list(listed) == [name for name, _ in sections]
+    for name, text in sections:
+        assert text.startswith(listed[name].removesuffix("...").rstrip(".")), name
+
+
+def test_a_shell_may_ask_for_the_names_of_commands(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("_DSPARK_COMPLETE", "complete_bash")
+    for words, expected in (
+        ("dspark con", {"convert", "convert-draft"}),
+        ("dspark models ", {"fetch", "remove", "path"}),
+        ("dspark plan --cont", {"--context"}),
+    ):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
+        ran = run()
+        assert {line.split(",")[-1] for line in ran.out.split()} == expected
 
 
 # -- bad input --------------------------------------------------------------------------------

@@ -78,8 +78,15 @@ def plain(sampling: str) -> list[list[int]]:
 # -- preemption ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampling", SAMPLING)
-@pytest.mark.parametrize("kind", ["none", "lookup", "model", "combined"])
+@pytest.mark.parametrize(
+    ("kind", "sampling"),
+    [
+        ("none", "greedy"),
+        ("lookup", "coupled"),
+        ("model", "match"),
+        *(("combined", sampling) for sampling in SAMPLING),
+    ],
+)
 def test_a_preempted_requests_text_is_that_of_an_undisturbed_one(kind: str, sampling: str) -> None:
     own = engine(kind)
     results = own.generate(PROMPTS, SAMPLING[sampling])
@@ -112,7 +119,7 @@ def check_hidden_states(drafter: Drafter, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(drafter, "release", forgets)
 
 
-@pytest.mark.parametrize("kind", ["vanilla", "eagle3"])
+@pytest.mark.parametrize("kind", ["vanilla", pytest.param("eagle3", marks=pytest.mark.slow)])
 def test_drafters_that_read_hidden_states_are_rebuilt(
     kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -419,20 +426,20 @@ def count_objects(own: dspark.Engine) -> int:
     return len(gc.get_objects())
 
 
-def test_eight_hundred_requests_end_and_leave_nothing_behind() -> None:
+def test_three_hundred_requests_end_and_leave_nothing_behind() -> None:
     limits = dspark.RoundLimits(prefill_chunk=16, tree_budget=4, depth=3)
     own = engine("lookup", pages=36, max_batch=12, limits=limits)
-    soak(own, 200)
+    soak(own, 100)
     before = count_objects(own)
-    requests = soak(own, 800)
+    requests = soak(own, 300)
     kinds = [request.result().finish_reason for request in requests]
     assert all(request.phase is Phase.DONE and request.error is None for request in requests)
     assert set(kinds) == {FinishReason.LENGTH, FinishReason.CANCELLED}
-    assert kinds.count(FinishReason.CANCELLED) > 20
-    assert own.stats.preemptions > 40
+    assert kinds.count(FinishReason.CANCELLED) > 8
+    assert own.stats.preemptions > 20
     check_empty(own)
     del requests, kinds
-    assert count_objects(own) - before < 200  # fewer than one for four requests
+    assert count_objects(own) - before < 75  # fewer than one for four requests
 
 
 def test_what_was_not_cancelled_in_the_soak_has_the_text_of_its_own() -> None:

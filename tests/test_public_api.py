@@ -65,15 +65,23 @@ def test_importing_is_quick_and_does_not_import_torch() -> None:
     assert min(seconds) < 0.3
 
 
-def test_the_version_and_the_help_do_not_import_torch() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "modules"), [(["--version"], set()), (["plan", "--help"], {"plan"})]
+)
+def test_a_command_line_imports_no_torch_and_no_other_command(
+    arguments: list[str], modules: set[str]
+) -> None:
     code = (
         "import sys; from typer.testing import CliRunner; from dspark.cli import app; "
-        "r = CliRunner().invoke(app, sys.argv[1:]); print(r.exit_code, 'torch' in sys.modules)"
+        "r = CliRunner().invoke(app, sys.argv[1:]); print(r.exit_code, 'torch' in sys.modules, "
+        "*(name[16:] for name in sys.modules if name.startswith('dspark.commands.')))"
     )
-    for arguments in (["--version"], ["generate", "--help"]):
-        command = [sys.executable, "-c", code, *arguments]
-        out = subprocess.run(command, capture_output=True, text=True)
-        assert out.stdout.split() == ["0", "False"]
+    command = [sys.executable, "-c", code, *arguments]
+    status, has_torch, *found = subprocess.run(
+        command, capture_output=True, text=True
+    ).stdout.split()
+    assert (status, has_torch) == ("0", "False")
+    assert set(found) == modules
 
 
 def _undocumented(tree: ast.Module) -> list[str]:

@@ -130,25 +130,26 @@ def sampled(own: dspark.Engine, count: int, params: SamplingParams = PARAMS) -> 
         ("auto", "rejection", 2),
         ("auto", "block", 1),
         ("async", "rejection", 2),
-        ("threshold:0.3", "rejection", 2),
-        ("fixed:1", "rejection", 1),
+        # These two go by nothing that a round has drawn.
+        pytest.param("threshold:0.3", "rejection", 2, marks=pytest.mark.slow),
+        pytest.param("fixed:1", "rejection", 1, marks=pytest.mark.slow),
     ],
 )
 def test_the_law_stays_the_targets(schedule: str, rule: str, width: int) -> None:
     batch = 40
     own = engine(Confident(width), schedule, line(batch), batch)
-    results = sampled(own, 480, replace(PARAMS, rule=rule))
+    results = sampled(own, 360, replace(PARAMS, rule=rule))
     assert p_value([result.token_ids for result in results]) > ALPHA
     verified = sum(result.stats.verified for result in results)
     proposed = sum(result.stats.proposed for result in results)
-    assert sum(result.stats.accepted for result in results) > 200
+    assert sum(result.stats.accepted for result in results) > 150
     if schedule not in ("fixed:1", "async"):  # which drafts no more, which begins with all
         assert 0.2 < verified / proposed < 0.9
 
 
 def test_appendix_a_in_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Alone in its batch a request meets the appendix's step rates: nothing pays at first sight."""
-    results = sampled(engine(Confident(), "auto", appendix_a, 1), 300)
+    results = sampled(engine(Confident(), "auto", appendix_a, 1), 120)
     assert p_value([result.token_ids for result in results]) > ALPHA
     assert sum(result.stats.verified for result in results) == 0
 
@@ -166,7 +167,7 @@ def test_appendix_a_in_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert abs(second.count(0) / 300 - 0.85) < 4 * np.sqrt(0.85 * 0.15 / 300)
 
 
-@pytest.mark.parametrize("rule", ["rejection", "block"])
+@pytest.mark.parametrize("rule", ["rejection", pytest.param("block", marks=pytest.mark.slow)])
 def test_the_law_stays_where_memory_runs_out(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who has to give way hangs on how many tokens were accepted, but on none yet to be drawn."""
     monkeypatch.setattr("dspark.intake._HEADROOM_TOKENS", 0)
@@ -177,7 +178,7 @@ def test_the_law_stays_where_memory_runs_out(rule: str, monkeypatch: pytest.Monk
     )
     drafter = Confident(2 if rule == "rejection" else 1)
     own = dspark.Engine(PagedTarget(TARGET.table), drafter=drafter, config=config)
-    results = sampled(own, 480, replace(PARAMS, rule=rule))
+    results = sampled(own, 360, replace(PARAMS, rule=rule))
     assert p_value([result.token_ids for result in results]) > ALPHA
     assert own.stats.preemptions > 20
 

@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dspark.errors import ConfigError, ShapeError
@@ -261,7 +261,6 @@ def full_tree(toy, depth, width):
     return paths
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     st.integers(0, 10_000),
     st.integers(0, 12),
@@ -281,7 +280,6 @@ def test_best_first_is_optimal_within_its_limits(seed, budget, depth, width, bat
     assert paths == {tuple(alone.path_tokens(n)) for n in range(alone.num_nodes)}
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     st.integers(0, 10_000),
     st.integers(0, 12),

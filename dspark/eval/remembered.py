@@ -132,7 +132,7 @@ class RememberedTarget:
         self._cache: Cache = target.new_cache()
         self._known: OrderedDict[tuple[int, ...], _Row] = OrderedDict()
         self._most = max(256, memory // (4 * target.info.vocab_size))
-        self._slot, self._hidden = self._prefill()
+        self._slot, self._inside = self._prefill()
 
     @property
     def info(self) -> TargetInfo:
@@ -162,17 +162,16 @@ class RememberedTarget:
             raise ConfigError("the cache is not one that this target has made.")
         while len(self._known) > self._most:
             self._known.popitem(last=False)
-        size = len(self.prompt)
-        contexts = _contexts_of(batch, cache)
-        self._fill([tokens[size:] for tokens in contexts if len(tokens) > size])
-        rows = [self._row(tokens) for tokens in contexts]
+        places = _places_of(batch, cache, len(self.prompt))
+        self._fill([suffix for _, suffix in places if suffix])
+        rows = [self._known[suffix] if suffix else self._inside[at] for at, suffix in places]
         asked = [rows[int(row)].logits for row in batch.output_rows]
         hidden = {layer: torch.stack([row.hidden[layer] for row in rows]) for layer in capture}
         width = self.info.vocab_size
         return TargetOutput(torch.stack(asked) if asked else torch.zeros(0, width), hidden)
 
-    def _prefill(self) -> tuple[int, dict[int, torch.Tensor]]:
-        """Run the prompt through the real target; its slot and hidden states [prompt, D]."""
+    def _prefill(self) -> tuple[int, list[_Row]]:
+        """Run the prompt through the real target; its slot, and what rows of the prompt give."""
         slot, _ = self._cache.open([] if self._capture else self.prompt)
         parts: dict[int, list[torch.Tensor]] = {}
         while (done := self._cache.length(slot)) < len(self.prompt):
@@ -183,16 +182,11 @@ class RememberedTarget:
             self._cache.commit(slot, range(len(chunk)))
             for layer, rows in output.hidden.items():
                 parts.setdefault(layer, []).append(rows)
-        return slot, {layer: torch.cat(rows) for layer, rows in parts.items()}
-
-    def _row(self, tokens: tuple[int, ...]) -> _Row:
-        size = len(self.prompt)
-        if len(tokens) > size:
-            return self._known[tokens[size:]]
-        hidden = {layer: rows[len(tokens) - 1] for layer, rows in self._hidden.items()}
-        logits = torch.full((self.info.vocab_size,), -torch.inf)
-        logits[self._forced] = 0.0
-        return _Row(logits, hidden)
+        hidden = {layer: torch.cat(rows) for layer, rows in parts.items()}
+        forced = torch.full((self.info.vocab_size,), -torch.inf)
+        forced[self._forced] = 0.0
+        inside = range(len(self.prompt))
+        return slot, [_Row(forced, {k: rows[at] for k, rows in hidden.items()}) for at in inside]
 
     def _fill(self, suffixes: Iterable[tuple[int, ...]]) -> None:
         """Compute what is not known yet of these continuations of the prompt."""
@@ -231,15 +225,22 @@ class RememberedTarget:
             self._known.setdefault(path, _Row(logits[row].clone(), hidden))
 
 
-def _contexts_of(batch: TokenBatch, cache: RememberedCache) -> list[tuple[int, ...]]:
-    """The tokens up to and with every row; the cache learns of the rows."""
-    seen: list[tuple[int, ...]] = []
+def _places_of(
+    batch: TokenBatch, cache: RememberedCache, size: int
+) -> list[tuple[int, tuple[int, ...]]]:
+    """Where every row stands: its position, and the tokens after the prompt up to and with it.
+
+    The cache learns of the rows.
+    """
+    seen: list[tuple[int, tuple[int, ...]]] = []
     for span in batch.spans:
-        committed = tuple(cache.tokens(span.slot))
+        committed = cache.tokens(span.slot)
+        start = len(committed) - 1, tuple(committed[size:])
         parents = batch.parent[span.start : span.stop].tolist()
         tokens = batch.token_ids[span.start : span.stop].tolist()
         for token, above in zip(tokens, parents, strict=True):
-            seen.append((*(committed if above < 0 else seen[above]), token))
+            at, suffix = start if above < 0 else seen[above]
+            seen.append((at + 1, (*suffix, token) if at + 1 >= size else ()))
         local = [-1 if above < 0 else above - span.start for above in parents]
         cache.keep_rows(span.slot, tokens, local)
     return seen

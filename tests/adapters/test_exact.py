@@ -118,10 +118,9 @@ def test_rows_outside_the_window_are_padded_or_parted() -> None:
 
 
 def test_the_check_passes_on_the_real_code() -> None:
-    for family in ("llama", "gemma3", "qwen3_moe"):
-        target = random_target(family, exact=True)
-        assert exact.find_query_rows(target) is not None
-        assert exactness.check_trees(target)
+    target = random_target("gemma3", exact=True)  # of every family: test_parity.py
+    assert exact.find_query_rows(target) is not None
+    assert exactness.check_trees(target)
 
 
 def test_a_tree_summed_in_one_go_across_a_page_boundary_is_caught(

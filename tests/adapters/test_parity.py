@@ -28,6 +28,11 @@ def stock(family: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def stock_logits(family: str, ids: list[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return _stock_logits(family, tuple(ids), dtype)
+
+
+@functools.cache
+def _stock_logits(family: str, ids: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     with torch.no_grad():
         return stock(family, dtype)(torch.tensor([ids])).logits[0]
 

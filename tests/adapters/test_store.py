@@ -98,11 +98,9 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 CacheMachine.TestCase.settings = settings(
-    max_examples=12,
+    max_examples=8,
     stateful_step_count=8,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-    derandomize=True,
 )
 test_any_sequence_of_trees_and_paths_leaves_what_plain_decoding_leaves = CacheMachine.TestCase
 
@@ -154,7 +152,7 @@ def test_growth_moves_nothing_and_reads_across_segments() -> None:
 
 
 @given(shared=st.integers(0, 700), extra=st.integers(1, 5))
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 def test_a_shared_prefix_takes_pages_only_for_its_last_page(shared: int, extra: int) -> None:
     cache = small_cache()
     donor, _ = cache.open(list(range(700)))

@@ -368,17 +368,17 @@ def experts(
     shared = expert(config, weights, "shared_experts.", x)  # [n, D]
     # transformers routes in the model's dtype; officially this is float32.
     scores = F.softplus(x @ weights["gate.weight"].T).sqrt()  # [n, experts]
-    outputs, gaps = [], []
-    for t, token in enumerate(tokens):
-        chosen, gap = route(config, weights, scores[t], token)
-        # transformers adds 1e-20 to the sum; officially nothing is added.
-        shares = scores[t, chosen] / scores[t, chosen].sum() * config["routed_scaling_factor"]
-        total = shared[t]
-        for which, share in zip(chosen, shares, strict=True):
-            total = total + expert(config, weights, f"experts.{which}.", x[t], share)
-        outputs.append(total)
-        gaps.append(gap)
-    return torch.stack(outputs), gaps
+    routed = [route(config, weights, scores[t], token) for t, token in enumerate(tokens)]
+    output = shared
+    for which in range(config["n_routed_experts"]):
+        rows = [t for t, (chosen, _) in enumerate(routed) if which in chosen]
+        if rows:
+            # transformers adds 1e-20 to the sum; officially nothing is added.
+            sums = torch.stack([scores[t, routed[t][0]].sum() for t in rows])
+            shares = scores[rows, which] / sums * config["routed_scaling_factor"]
+            own = expert(config, weights, f"experts.{which}.", x[rows], shares[:, None])
+            output = output.index_add(0, torch.tensor(rows), own)
+    return output, [gap for _, gap in routed]
 
 
 def route(config: Config, weights: Weights, scores: Tensor, token: int) -> tuple[list[int], float]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tokenizers
 import transformers
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import decoders, pre_tokenizers
 
@@ -495,7 +495,6 @@ VALUES = st.recursive(
 CALLS = st.lists(st.tuples(NAMES, st.dictionaries(TEXTS, VALUES, max_size=4)), max_size=3)
 
 
-@settings(max_examples=50, deadline=None)  # every one of them is a long text
 @given(TEXTS, TEXTS, CALLS, st.booleans())
 @example(" a\n", "", [], False)
 @example("", "\n b ", [("f", {"x": "1", "y": [None, {"z": "é"}], "w": ' <a> "'})], True)

@@ -101,6 +101,11 @@ def block_of(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 def reference_logits(kind: str, count: int, seed: int, path: Sequence[int]) -> Tensor:
     """Draft logits after the anchor and after every token of a path, by the reference."""
+    return _reference_logits(kind, count, seed, tuple(path))
+
+
+@functools.cache
+def _reference_logits(kind: str, count: int, seed: int, path: tuple[int, ...]) -> Tensor:
     config, weights, _ = material(kind)
     tokens = tokens_of(count, seed)
     if kind == "mtp":

@@ -59,7 +59,7 @@ def prompts(*sizes: int) -> list[list[int]]:
     return [rng.integers(6, 96, size).tolist() for size in sizes]
 
 
-@pytest.mark.parametrize("kind", ["mtp", "dspark"])
+@pytest.mark.parametrize("kind", [pytest.param("mtp", marks=pytest.mark.slow), "dspark"])
 def test_preempted_requests_go_on_as_if_nothing_had_been(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,7 +44,7 @@ def ids() -> list[int]:
     return np.random.default_rng(5).integers(2, CONFIG.vocab_size, TOKENS).tolist()
 
 
-@pytest.fixture(scope="module", params=["fp4", "fp8"])
+@pytest.fixture(scope="module", params=["fp4", pytest.param("fp8", marks=pytest.mark.slow)])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The released models have FP4 experts, the Base models FP8 ones."""
     folder = tmp_path_factory.mktemp("release") / request.param

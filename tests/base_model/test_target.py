@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,12 +28,10 @@ GREEDY = SamplingParams(max_tokens=8)
 COUPLED = replace(GREEDY, temperature=1.0, seed=5)
 
 
-@pytest.fixture(scope="module")
-def probes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+@pytest.fixture(scope="module", autouse=True)
+def probes(module_cache: Path) -> Path:
     """Where loading keeps what it found about exact mode: every checkpoint is checked once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield cache_root() / "probes"
+    return cache_root() / "probes"
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +52,10 @@ def prompts() -> list[list[int]]:
 
 @pytest.mark.parametrize(
     ("layout", "params"),
-    [("official", GREEDY), ("transformers", COUPLED)],
-    ids=["official-greedy", "transformers-coupled"],
+    [
+        pytest.param("official", GREEDY, id="official-greedy"),
+        pytest.param("transformers", COUPLED, id="transformers-coupled", marks=pytest.mark.slow),
+    ],
 )
 def test_drafts_of_any_quality_leave_the_text_as_it_is(
     loaded: dict[str, LoadedTarget], layout: str, params: SamplingParams
@@ -77,10 +76,10 @@ def test_drafts_of_any_quality_leave_the_text_as_it_is(
 def test_a_request_alone_gives_the_text_it_gives_in_a_batch_of_sixteen(
     loaded: dict[str, LoadedTarget], layout: str
 ) -> None:
-    target = loaded[layout].target
-    many = Engine(target).generate((prompts() * 6)[:16], GREEDY)
+    target, params = loaded[layout].target, replace(GREEDY, max_tokens=4)
+    many = Engine(target).generate((prompts() * 6)[:16], params)
     for prompt, result in zip(prompts(), many, strict=False):
-        assert Engine(target).generate([prompt], GREEDY)[0].token_ids == result.token_ids
+        assert Engine(target).generate([prompt], params)[0].token_ids == result.token_ids
 
 
 def test_both_layouts_of_the_same_weights_give_the_same_text(
@@ -110,15 +109,12 @@ def run(*words: object) -> int:
     return 0
 
 
-@pytest.mark.parametrize("how", [[], ["--temperature", "1", "--seed", "4"]])
 @pytest.mark.usefixtures("loaded")  # which has checked exact mode
 def test_generate_with_lookup_equals_plain_decoding(
-    v4_folders: dict[str, Path], how: list[str], capsys: pytest.CaptureFixture[str]
+    v4_folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    args = ["--target", v4_folders["official"], "--raw", "--max-tokens", "14", "--json", *how]
-    args += ["--dtype", "float32", "--exact"]
-    if not how:
-        args += ["--temperature", "0"]
+    args = ["--target", v4_folders["official"], "--raw", "--max-tokens", "14", "--json"]
+    args += ["--dtype", "float32", "--exact", "--temperature", "1", "--seed", "4"]
     out = []
     for draft in ("lookup", "none"):
         assert run("generate", "abcabcabcabc", "--draft", draft, *args) == 0
@@ -130,9 +126,13 @@ def test_generate_with_lookup_equals_plain_decoding(
 def test_json_holds_the_reasoning_of_a_chat_answer(
     v4_folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--target", v4_folders["official"], "--think", "--max-tokens", "5", "--json"]
-    assert run("generate", "hi", "--no-exact", *words) == 0
+    words = ["--target", v4_folders["official"], "--think", "--max-tokens", "12", "--json"]
+    assert run("generate", "hi", "--no-exact", "--temperature", "0", *words) == 0
     out = json.loads(capsys.readouterr().out)
+    codec = load_engine(v4_folders["official"], "none", exact=False, think=True).codec
+    assert codec is not None
+    expected = codec.assistant_message(out["text"], out["token_ids"])
+    assert out["message"] == expected
     assert out["message"]["role"] == "assistant"
     assert out["message"]["reasoning_content"]
 

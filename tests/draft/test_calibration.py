@@ -359,7 +359,7 @@ def test_no_map_changes_the_law_of_a_text() -> None:
     assert smallest_p(target, drafter, logits_of("llama"), params, 128) > ALPHA
 
 
-@pytest.mark.parametrize("rule", ["rejection, tree", "block"])
+@pytest.mark.parametrize("rule", ["rejection, tree", pytest.param("block", marks=pytest.mark.slow)])
 def test_the_law_stays_when_the_scheduler_cuts_by_a_map(rule: str) -> None:
     """Survival follows from drawn tokens through the confidence head, and rows cost time."""
     batch = 64

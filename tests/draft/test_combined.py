@@ -118,9 +118,7 @@ def test_the_width_of_the_request_holds_for_both_together(make_context):
         assert tree.token.tolist() == [token]
 
 
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.integers(0, 6), min_size=2, max_size=20),
     st.sampled_from(list(Rule)),

@@ -65,8 +65,15 @@ def test_what_a_layout_holds_comes_back_and_drafts_the_same(
     assert_same_draft(source, back.folder)
 
 
-@pytest.mark.parametrize("start", list(Program))
-@pytest.mark.parametrize("end", list(Program))
+PAIRS = [
+    # Every program is gone through and arrived at often enough without every third pair.
+    pytest.param(start, end, marks=pytest.mark.slow) if (i + j) % 3 == 0 else (start, end)
+    for i, start in enumerate(Program)
+    for j, end in enumerate(Program)
+]
+
+
+@pytest.mark.parametrize(("start", "end"), PAIRS)
 def test_every_pair_gives_what_the_direct_way_gives(tmp_path, start, end):
     source = native(tmp_path / "a", **SHARED)
     middle = run(source, tmp_path / "m", start).folder
@@ -99,6 +106,7 @@ def test_the_target_and_the_training_stay_known(tmp_path):
         ("llama", "vanilla", SHARED, "deepspec", "family"),
         ("gemma4", "vanilla", {}, "sglang", "family"),
         ("gemma4", "vanilla", {}, "speculators", "family"),
+        ("gemma4 with v", "vanilla", {}, "vllm", "attention_k_eq_v"),
         ("qwen3", "rnn", SHARED, "vllm", "markov_head_type"),
         ("qwen3", "gated", SHARED, "vllm", "markov_head_type"),
         ("qwen3", "vanilla", {**SHARED, "vocab": REDUCED}, "sglang", "draft_vocab_size"),

@@ -116,6 +116,21 @@ def test_nested_eagle3_layers_name_outputs_where_they_begin_with_1(tmp_path, top
     assert read_config(raw, info, has_embedding=False).target_layers == layers
 
 
+def test_vllm_is_told_how_many_layers_are_read(tmp_path):
+    source = save(tmp_path / "a", {**PLAIN, "target_layers": (1, 4)})
+    folder = run_eagle3(source, tmp_path / "b", "vllm").folder
+    written = json.loads((folder / "config.json").read_text())
+    assert written["num_aux_hidden_states"] == 2  # it takes 3 if nothing is said
+
+
+@pytest.mark.parametrize("to", [to for to in Program if to != "deepspec"])
+@pytest.mark.parametrize("size", [9, 23])
+def test_only_a_reduced_vocabulary_has_a_map(tmp_path, size, to):
+    source = save(tmp_path / "a", {**PLAIN, "draft_vocab_size": size})
+    stored = load_file(run_eagle3(source, tmp_path / "b", to).folder / "model.safetensors")
+    assert ({"d2t", "t2d"} <= stored.keys()) == (size < 23)
+
+
 def test_norm_output_means_something_else_in_specforge(tmp_path):
     made = run_eagle3(save(tmp_path / "a", PLAIN), tmp_path / "b", "specforge")
     assert "norm_output" not in json.loads((made.folder / "config.json").read_text())

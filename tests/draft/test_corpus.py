@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
@@ -36,7 +36,6 @@ def occurs(texts, part):
     return any(text[i : i + n] == part for text in texts for i in range(len(text) - n + 1))
 
 
-@settings(deadline=None, max_examples=60)
 @given(TEXTS, st.lists(st.integers(0, 3), max_size=12))
 def test_endings_and_followers_are_those_of_the_texts(texts, probe):
     corpus = Corpus(texts)

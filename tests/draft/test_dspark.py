@@ -177,7 +177,7 @@ def test_drawn_children_come_from_the_laws_that_are_kept(given, rule, head):
 
 
 def test_the_output_has_the_targets_law_under_rejection(given):
-    """Toy size: 1200 drafts, each with its own noise, judged by the real verifier."""
+    """Toy size: 600 drafts, each with its own noise, judged by the real verifier."""
     module = make_module(head="vanilla", vocab=DraftVocab.build(VOCAB, [1, 2, 3, 5]), block_size=2)
     drafter, params = DSparkDrafter(module), SamplingParams(temperature=1.0)
     law = np.zeros(VOCAB)
@@ -186,7 +186,7 @@ def test_the_output_has_the_targets_law_under_rejection(given):
     options = {"rule": Rule.REJECTION, "budget": 4, "depth": 2, "width": 2}
     contexts = [given(3, **options) for _ in range(100)]
     counts = np.zeros((2, VOCAB))
-    for start in range(0, 1200, 100):
+    for start in range(0, 600, 100):
         for number, context in enumerate(contexts):
             context.request_id, context.noise = number, NoiseKey(start + number)
         proposals = drafter.propose(contexts)
@@ -203,7 +203,7 @@ def test_the_output_has_the_targets_law_under_rejection(given):
             context.features = None
     for place in range(2):
         seen = counts[place][law > 0]
-        assert counts[place].sum() == seen.sum() > 200
+        assert counts[place].sum() == seen.sum() > 100
         assert stats.chisquare(seen, seen.sum() * law[law > 0]).pvalue > 1e-4
 
 
@@ -424,13 +424,17 @@ def random_drafter(family: str, style: str, *, is_shared: bool = False) -> DSpar
 
 
 @pytest.mark.parametrize(
-    ("family", "style"),
-    [("llama", "llama"), ("qwen3", "qwen3"), ("gemma3", "gemma4"), ("gemma4", "gemma4 with v")],
+    ("family", "style", "temperature"),
+    [
+        ("llama", "llama", 0.0),
+        ("qwen3", "qwen3", 1.0),
+        ("gemma3", "gemma4", 0.0),
+        ("gemma4", "gemma4 with v", 1.0),
+    ],
 )
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_behind_the_engine_the_tokens_are_those_of_plain_decoding(family, style, temperature):
     params = SamplingParams(
-        max_tokens=18, temperature=temperature, seed=5, ignore_eos=True, tree_budget=24, n=2
+        max_tokens=14, temperature=temperature, seed=5, ignore_eos=True, tree_budget=24, n=2
     )
     target = random_target(family, exact=True)
     config = dspark.EngineConfig(auto_off=False)
@@ -458,6 +462,7 @@ def test_behind_the_engine_rejection_gives_the_same_text_alone(rule):
     assert [texts([prompt])[0] for prompt in PROMPTS] == texts(PROMPTS)
 
 
+@pytest.mark.slow  # rows in bfloat16 are compared in adapters/test_parity.py
 def test_in_bfloat16_the_tokens_are_those_of_plain_decoding():
     target = random_target("llama", torch.bfloat16, exact=True)
     drafter = DSparkDrafter(make_module("llama", "rnn").bfloat16())
@@ -469,7 +474,7 @@ def test_in_bfloat16_the_tokens_are_those_of_plain_decoding():
 
 
 def test_auto_off_and_rounds_without_drafts_change_nothing():
-    params = SamplingParams(max_tokens=40, ignore_eos=True, tree_budget=3)
+    params = SamplingParams(max_tokens=24, ignore_eos=True, tree_budget=3)
     target = random_target("qwen3", exact=True)
     plain = dspark.Engine(target).generate(PROMPTS, params)
     engine = dspark.Engine(target, drafter=random_drafter("qwen3", "qwen3"))
@@ -482,7 +487,7 @@ def test_auto_off_and_rounds_without_drafts_change_nothing():
 )
 def test_a_wrapped_target_shares_its_embedding_and_head(family):
     """Also: the captured state of the last layer comes before the final norm."""
-    target = random_target(family, exact=True)
+    target = random_target(family, exact=False)
     assert isinstance(target, SharesHead)
     last = target.info.num_layers - 1
     cache = target.new_cache()

@@ -215,7 +215,7 @@ def test_state_in_step_equals_scratch_whatever_is_committed(make_context, rule):
     assert sorted(drafter._states) == [0, 2]
 
 
-@pytest.mark.parametrize("rule", [Rule.GREEDY, Rule.COUPLED, Rule.REJECTION])
+@pytest.mark.parametrize("rule", [Rule.GREEDY, Rule.REJECTION])
 def test_a_request_alone_and_among_16_gets_the_same_proposals(make_context, rule):
     module = make_module(**SMALL)
     contexts = []
@@ -239,7 +239,7 @@ def test_a_level_is_one_forward_and_buffers_grow_by_doubling(make_context):
     tokens = text(0, 1400)
     context = make_context(tokens[:2], depth=3)
     done = 0
-    for size in range(2, 1400, 7):
+    for size in range(2, 1400, 21):
         context.tokens, context.features = tokens[:size], features(module, 0, done, size - 1)
         done = size - 1
         calls.clear()
@@ -567,8 +567,9 @@ def engine_drafter(family):
     return Eagle3Drafter(make_module(**shape), embed=embed)
 
 
-@pytest.mark.parametrize("sampling", SAMPLING)
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize(
+    ("family", "sampling"), [("llama", "T1"), ("qwen3", "greedy"), ("gemma3", "T1")]
+)
 def test_the_engine_gives_the_text_of_plain_decoding(family, sampling):
     results = {}
     for name, drafter in (("plain", None), ("eagle3", engine_drafter(family))):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dspark.draft.base import DraftContext, Drafter
@@ -133,7 +133,6 @@ def test_a_period_is_followed_beyond_the_end_of_the_text():
     assert tree.path_tokens(int(tree.depth.argmax())) == [1, 2, 3, 1, 2, 3, 1]
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 2), min_size=1, max_size=40),
     st.integers(1, 9),
@@ -166,7 +165,6 @@ def test_proposals_are_valid_and_within_their_limits(tokens, budget, depth, widt
         assert any(occurrences(list(text), joined) for text in texts)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 2), min_size=4, max_size=40), st.integers(1, 3))
 def test_state_in_step_equals_state_from_scratch(tokens, stride):
     corpus = [[0, 0, 1, 2, 2, 1]]

@@ -20,9 +20,7 @@ from dspark.request import Rule
 from dspark.verify.noise import draft_gumbel, gumbel
 from dspark.verify.sampling import shape_logits
 
-LENIENT = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+LENIENT = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 RANKED = [Rule.GREEDY, Rule.COUPLED, Rule.SAMPLE_MATCH]
 
 

@@ -82,7 +82,7 @@ def worth(tree, anchor: int) -> float:
     return total
 
 
-@pytest.mark.parametrize("budget", [4, 15, 31])
+@pytest.mark.parametrize("budget", [4, 15, pytest.param(31, marks=pytest.mark.slow)])
 def test_a_conditioned_tree_beats_the_tree_of_marginals(make_context, budget):
     conditioned = np.array([worth(t, a) for a, t in enumerate(trees(make_context, budget))])
     marginal = np.array([worth(marginal_tree(a, budget), a) for a in range(VOCAB)])

@@ -80,7 +80,16 @@ def observed(params: SamplingParams, count: int = 6) -> tuple[Observations, list
 # -- what is observed ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", ["greedy", "coupled", "sample-match", "rejection", "block"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "greedy",
+        pytest.param("coupled", marks=pytest.mark.slow),
+        pytest.param("sample-match", marks=pytest.mark.slow),
+        "rejection",
+        "block",
+    ],
+)
 def test_outcomes_of_chains_are_the_verifiers(rule: str) -> None:
     temperature = 0.0 if rule == "greedy" else 1.0
     params = replace(BASE, rule=rule, temperature=temperature, width=1, tree_budget=4)
@@ -342,7 +351,7 @@ def test_halves_share_no_question_and_every_category() -> None:
         halves(prompt_set(1))
 
 
-@pytest.mark.parametrize("rule", ["coupled", "rejection"])
+@pytest.mark.parametrize("rule", [pytest.param("coupled", marks=pytest.mark.slow), "rejection"])
 def test_a_run_improves_on_the_drafts_own_estimate(rule: str) -> None:
     """Trees of the toy pair, whose draft is off by design."""
     (cell,) = cells_of(replace(BASE, width=3, max_tokens=80), [rule], [1.0], ["tree"])

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dspark.eval.confidence import auroc, brier, calibration, confidence
@@ -15,7 +15,6 @@ from tests.eval.log_of import chain_round
 PAIRS = st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.95, 1.0]), st.booleans()))
 
 
-@settings(max_examples=100, deadline=None)
 @given(PAIRS)
 def test_measures_equal_their_definitions(pairs: list[tuple[float, bool]]) -> None:
     found = calibration(pairs)

@@ -17,8 +17,7 @@ from tests.eval.doctor_pairs import MAX_TOKENS, Broken, Clock, Wrapped, fitted, 
 BUDGET, DEPTH = 7, 4
 
 
-@pytest.mark.parametrize("kind", ["dflash", "lookup"])
-@pytest.mark.parametrize("width", [None, 1])
+@pytest.mark.parametrize(("kind", "width"), [("dflash", None), ("lookup", 1)])
 def test_a_replay_has_the_rounds_of_the_engine(kind: str, width: int | None) -> None:
     """The engine verifies with the target; the replay knows what it would say."""
 

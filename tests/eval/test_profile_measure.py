@@ -14,8 +14,9 @@ from dspark.base_model.checkpoint_write import random_checkpoint
 from dspark.errors import ConfigError
 from dspark.eval.profile import Profile, read_profile
 from dspark.eval.profile_measure import CONTEXTS, ProfileConfig, measure_profile, quick_profile
-from dspark.eval.profile_steps import TellsExperts, profile_tree, split_rows
+from dspark.eval.profile_steps import profile_tree, split_rows
 from dspark.eval.profile_store import keep_profile, key_of, load_profile
+from dspark.expert_reuse import TellsExperts
 from dspark.registry import LoadOptions, load_target
 from dspark.target import TargetOutput, TokenBatch
 from tests.base_model.conftest import SMALL
@@ -237,6 +238,10 @@ def test_experts_are_counted_where_the_target_tells() -> None:
     assert 5 < many.distinct_experts <= 8
     again = measure_profile(random_target("llama", exact=False), config)
     assert again.experts is None
+    quick = quick_profile(target, context=16, seconds=0.2).experts
+    assert quick is not None
+    assert (quick[0].rows, quick[0].distinct_experts) == (1, 2.0)
+    assert 2 < quick[-1].distinct_experts <= 8
     assert measured(Clocked(jagged)).to_json()["experts"] is None
 
 

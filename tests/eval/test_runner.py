@@ -22,8 +22,7 @@ from dspark.request import SamplingParams
 from dspark.rounds import RoundLimits
 from dspark.text import TextCodec
 from dspark.tree import DraftTree, Proposal
-from tests.conftest import random_target
-from tests.test_engine import drafter, make_codec
+from tests.test_engine import drafter, make_codec, model
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] }}:{{ m.content }} {% endfor %}"
@@ -36,7 +35,7 @@ QUESTIONS = (
 )
 PROMPTS = PromptSet(name="tiny", questions=QUESTIONS)
 GREEDY = SamplingParams(max_tokens=10)
-SAMPLED = SamplingParams(max_tokens=10, temperature=1.0, tree_budget=8, depth=4)
+SAMPLED = SamplingParams(max_tokens=10, temperature=1.0, tree_budget=8, depth=4, ignore_eos=True)
 
 
 def codec(template: str | None = TEMPLATE) -> TextCodec:
@@ -48,7 +47,7 @@ def codec(template: str | None = TEMPLATE) -> TextCodec:
 def engine(
     draft: str = "model", *, batch: int = 1, template: str | None = TEMPLATE
 ) -> dspark.Engine:
-    made = dspark.Engine(random_target(exact=True), drafter=drafter(draft), codec=codec(template))
+    made = dspark.Engine(model(), drafter=drafter(draft), codec=codec(template))
     return eval_engine(made, batch=batch)
 
 
@@ -113,9 +112,7 @@ class Scripted:
 def scripted_round(tree: DraftTree, bias: dict[int, float], **more: object) -> dspark.RoundStats:
     """The first round of a target that greedily writes the biased token for ever."""
     config = dspark.EngineConfig(auto_off=False, limits=RoundLimits(keep_rounds=True))
-    made = dspark.Engine(
-        random_target(exact=True), drafter=Scripted(tree), config=config, codec=make_codec()
-    )
+    made = dspark.Engine(model(), drafter=Scripted(tree), config=config, codec=make_codec())
     params = SamplingParams(max_tokens=12, tree_budget=8, logit_bias=bias, **more)
     return made.generate([[5, 6]], params)[0].stats.round_log[0]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dspark.eval.simulate.admission import (
@@ -71,7 +71,7 @@ def test_every_schedule_verifies_as_many_nodes_of_each_request(name: str) -> Non
     rng = np.random.default_rng(3)
     schedule = Schedule.parse(name)
     counts = set()
-    for _ in range(400):
+    for _ in range(150):
         trees, rates = _round(rng)
         real = _plan(Scheduler(schedule), trees, rates, list(range(SLOTS)))
         survival = _matrix(trees)
@@ -89,7 +89,7 @@ def test_budgets_of_two_rounds_ago_are_those_of_the_asynchronous_schedule() -> N
     rng = np.random.default_rng(4)
     scheduler, own = Scheduler(Schedule.parse("async")), Budgets((1, SLOTS))
     ids = list(range(SLOTS))
-    for turn in range(300):
+    for turn in range(150):
         if turn % 7 == 6:  # a request leaves, another one takes its slot
             slot = int(rng.integers(SLOTS))
             scheduler.release(ids[slot])
@@ -135,7 +135,6 @@ def test_drafting_is_left_out_in_the_same_rounds() -> None:
     assert skipped > 500
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     values=st.lists(st.floats(0.01, 1.0), min_size=1, max_size=6),
     cost=st.floats(0.0, 0.5),

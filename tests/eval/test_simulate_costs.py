@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dspark.base_model.plan import PlanRequest, plan_model
@@ -124,7 +124,6 @@ def test_rows_wake_experts_as_the_plan_expects() -> None:
     assert gap == pytest.approx((woken[1] - woken[0]) * routed / device.bandwidth, rel=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
 @given(st.integers(1, 500), st.integers(1, 100), st.integers(1, 4000))
 def test_more_rows_and_longer_contexts_take_no_less(rows: int, more: int, context: int) -> None:
     steps = Roofline(CONFIG, _device(fixed_seconds=1e-3))

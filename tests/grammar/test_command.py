@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def model(tmp_path_factory: pytest.TempPathFactory, module_cache: Path) -> str:
     """A tiny llama with the toys' tokenizer, in a folder; checks at load are kept for one run."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     config = FAMILIES["llama"]()
@@ -32,9 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     torch.manual_seed(3)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     toy_codec().tokenizer.save_pretrained(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield str(folder)
+    return str(folder)
 
 
 @pytest.fixture

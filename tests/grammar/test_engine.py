@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -40,16 +41,19 @@ from tests.paged_toy import PagedTarget
 
 GREEDY = SamplingParams(max_tokens=24, grammar=Automaton())
 SAMPLED = replace(GREEDY, temperature=1.0, seed=5)
-LONG = replace(SAMPLED, grammar=Automaton(ENDLESS), max_tokens=60, temperature=2.0)
+LONG = replace(SAMPLED, grammar=Automaton(ENDLESS), max_tokens=40, temperature=2.0)
 PROMPTS = [[*PROMPT, *tail] for tail in ((), (1,), (8, 2), (5, 5, 3), (6,), (7, 4), (2,), (3, 3))]
 
 
 def plain_texts(params: SamplingParams, prompts: list[list[int]] = PROMPTS) -> list[list[int]]:
     """By plain decoding, one after the other."""
-    engine = engine_of(None)
-    return [
-        engine.generate([prompt], replace(params, draft=False))[0].token_ids for prompt in prompts
-    ]
+    return [list(_plain_text(params, tuple(prompt))) for prompt in prompts]
+
+
+@functools.cache
+def _plain_text(params: SamplingParams, prompt: tuple[int, ...]) -> list[int]:
+    (result,) = engine_of(None).generate([list(prompt)], replace(params, draft=False))
+    return result.token_ids
 
 
 def is_within(text: list[int], table: Mapping[str, Mapping[int, str]] = AUTOMATON) -> bool:
@@ -72,8 +76,7 @@ def test_plain_decoding_takes_the_best_token_that_is_allowed() -> None:
     assert is_within(text)
 
 
-@pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("kind", DRAFTERS)
+@pytest.mark.parametrize(("kind", "batch"), [*((kind, 8) for kind in DRAFTERS), ("combined", 1)])
 def test_a_draft_changes_nothing(kind: str, batch: int) -> None:
     for params in (GREEDY, SAMPLED, replace(SAMPLED, rule="sample-match", top_k=3)):
         engine = engine_of(drafter_of(kind), max_batch=batch)
@@ -92,7 +95,7 @@ def test_requests_without_a_grammar_do_not_notice_the_others() -> None:
     assert all(is_within(result.token_ids) for result in mixed[4:])
 
 
-@pytest.mark.parametrize("kind", ["vanilla", "eagle3, few"])
+@pytest.mark.parametrize("kind", [pytest.param("vanilla", marks=pytest.mark.slow), "eagle3, few"])
 def test_drafts_that_read_hidden_states_keep_to_the_grammar(kind: str) -> None:
     """The second has a vocabulary of four tokens, which at times leaves nothing that is allowed."""
     table = {"start": {1: "f", 3: "start", 4: "start"}, "f": {5: "g"}, "g": {0: "start"}}
@@ -120,7 +123,9 @@ def test_drafts_that_read_hidden_states_keep_to_the_grammar(kind: str) -> None:
 # -- forced tokens ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["none", "lookup", "model", "anchor-bound"])
+@pytest.mark.parametrize(
+    "kind", ["none", "lookup", pytest.param("model", marks=pytest.mark.slow), "anchor-bound"]
+)
 def test_forced_tokens_save_rounds(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     params = LONG
     free = engine_of(drafter_of(kind)).generate(PROMPTS, params)
@@ -175,7 +180,7 @@ def test_the_scheduler_sees_what_is_in_doubt(monkeypatch: pytest.MonkeyPatch) ->
         step_seconds=lambda rows, context: 1.0 + 0.02 * rows,
         limits=dspark.RoundLimits(keep_rounds=True, max_rows=1 << 10),
     )
-    params = LONG
+    params = replace(LONG, max_tokens=60)
     results = engine.generate(PROMPTS, params)
     log = [entry for result in results for entry in result.stats.round_log]
     assert sum(entry.forced for entry in log) == sum(r.stats.forced for r in results) > 10

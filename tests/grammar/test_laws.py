@@ -42,6 +42,15 @@ CELLS = [
 ]
 """Every rule, shape, drafter and kind of processors; under rules that draw, every drafter."""
 
+SLOW_ONLY = [
+    ("sample-match", "chain", "none", "hot"),
+    ("rejection", "tree", "anchor-bound", "plain"),
+    ("rejection", "tree", "unaware", "hot"),
+    ("block", "chain", "model", "plain"),
+    ("block", "chain", "combined", "hot"),
+]
+"""Cells whose every part is in another one, too."""
+
 
 def params_of(rule: str, shape: str, processors: str, **options) -> SamplingParams:
     values = {"rule": rule, "max_tokens": 6, **SHAPES[shape], **PROCESSORS[processors], **options}
@@ -65,13 +74,15 @@ def sampled(
     return p, min(offered, rejected)
 
 
-@pytest.mark.parametrize(("rule", "shape", "drafter", "processors"), CELLS)
+@pytest.mark.parametrize(
+    ("rule", "shape", "drafter", "processors"), [cell for cell in CELLS if cell not in SLOW_ONLY]
+)
 def test_the_law_is_the_masked_targets(
     rule: str, shape: str, drafter: str, processors: str
 ) -> None:
-    p, judged = sampled(rule, shape, drafter, processors, 200)
+    p, judged = sampled(rule, shape, drafter, processors, 120)
     assert p > ALPHA
-    assert judged > 20 or drafter == "none"
+    assert judged > 12 or drafter == "none"
 
 
 @pytest.mark.slow

@@ -34,7 +34,15 @@ def model() -> Any:
     return drafted("llama")
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama",
+        pytest.param("qwen3", marks=pytest.mark.slow),
+        pytest.param("gemma3", marks=pytest.mark.slow),
+        "qwen3_moe",
+    ],
+)
 def test_greedy_text_is_that_of_the_model_itself(family: str) -> None:
     own = drafted(family)
     for rows in (1, 8):

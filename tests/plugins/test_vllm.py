@@ -10,6 +10,7 @@ import pytest
 from dspark.errors import CapabilityError
 from dspark.plugins.chains import ChainSettings
 from dspark.plugins.vllm import LookupProposer
+from tests.conftest import random_model
 
 LONGEST = 256
 
@@ -201,6 +202,12 @@ def test_another_call_is_refused_in_one_sentence():
     assert proposer.propose([[0]], lengths, texts, slot_mappings={}, added_later=1) == [[0] * 3]
 
 
+def test_the_runner_for_cpus_asks_it_to_load_a_model():
+    proposer = LookupProposer(config())
+    assert proposer.load_model(object()) is None
+    assert proposer.num_texts == 0
+
+
 def test_vllms_own_loader_takes_it():
     """Where vLLM can be imported: its factory makes the class and finds what it needs."""
     factory = pytest.importorskip(
@@ -213,3 +220,54 @@ def test_vllms_own_loader_takes_it():
     batch = Batch(proposer)
     batch.add("a", [1, 2, 3, 1, 2])
     assert batch.step({"a": [3]}) == {"a": [1, 2, 3, 1]}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.filterwarnings("ignore")  # of what vLLM imports
+def test_vllms_engine_keeps_its_texts_and_needs_fewer_forwards(tmp_path, monkeypatch):
+    """Where a build for CPUs is installed: three requests at once, on a tiny model."""
+    vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
+    torch = pytest.importorskip("torch")
+    random_model("qwen3").save_pretrained(tmp_path)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setattr(torch, "set_num_threads", torch.set_num_threads)  # it replaces it
+    prompts = [[5, 9, 3, 11, 40, 7], [81, 2, 60], [17, 17, 30, 64]]
+    params = vllm.SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, detokenize=False)
+    steps = []
+    propose = LookupProposer.propose
+
+    def record(self, *args, **options):
+        made = propose(self, *args, **options)
+        steps.append(made)
+        return made
+
+    def decode(speculative):
+        llm = vllm.LLM(
+            str(tmp_path),
+            dtype="float32",
+            skip_tokenizer_init=True,
+            enforce_eager=True,
+            max_model_len=LONGEST,
+            max_num_seqs=4,
+            kv_cache_memory_bytes=2**26,
+            speculative_config=speculative,
+        )
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+        results = llm.generate(requests, params, use_tqdm=False)
+        llm.llm_engine.engine_core.shutdown()
+        return [list(result.outputs[0].token_ids) for result in results]
+
+    plain = decode(None)
+    assert steps == []
+    monkeypatch.setattr(LookupProposer, "propose", record)
+    monkeypatch.setattr(LookupProposer, "corpus", tuple(map(tuple, plain)))
+    monkeypatch.setattr(LookupProposer, "settings", ChainSettings(row_cost=0.0))
+    speculative = {
+        "method": "custom_class",
+        "model": "dspark.plugins.vllm.LookupProposer",
+        "num_speculative_tokens": 4,
+    }
+    assert decode(speculative) == plain
+    assert any(len(step) == len(prompts) for step in steps)
+    assert len(steps) < 40 / 2

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-import openai
 import pytest
 
 import dspark
@@ -13,6 +13,9 @@ from dspark.eval.runners.base import BenchRequest
 from dspark.eval.runners.endpoint import Endpoint
 from dspark.eval.runners.openai import OpenAIRunner, first_model
 from tests.serve.toys import Running, serving, toy_engine
+
+if TYPE_CHECKING:
+    import openai  # takes a second, so processes that run no test of this file never import it
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
 KEY = "a-key"
@@ -26,6 +29,8 @@ def keyed() -> Iterator[Running]:
 
 @pytest.fixture
 def client(keyed: Running) -> Iterator[openai.OpenAI]:
+    import openai
+
     with openai.OpenAI(base_url=keyed.url + "/v1", api_key=KEY, max_retries=0) as own:
         yield own
 
@@ -99,6 +104,8 @@ def test_a_completion(client: openai.OpenAI) -> None:
 
 
 def test_errors_are_the_clients_own(client: openai.OpenAI, keyed: Running) -> None:
+    import openai
+
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model="toy", messages=MESSAGES, temperature=3)
     assert caught.value.param == "temperature"
@@ -112,6 +119,8 @@ def test_errors_are_the_clients_own(client: openai.OpenAI, keyed: Running) -> No
 
 
 def test_an_error_in_a_stream_is_raised(client: openai.OpenAI, keyed: Running) -> None:
+    import openai
+
     stream = client.chat.completions.create(
         model="toy", messages=MESSAGES, max_tokens=400, stream=True, extra_body={"ignore_eos": True}
     )

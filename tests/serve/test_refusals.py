@@ -319,9 +319,6 @@ BODIES = st.dictionaries(st.sampled_from(NAMES.split()), VALUES, max_size=5)
 
 
 @settings(
-    max_examples=120,
-    deadline=None,
-    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(body=BODIES, is_chat=st.booleans())

@@ -170,7 +170,7 @@ CASES: list[tuple[str, Callable[[], Reply], str, dict[str, Any]]] = [
 @pytest.mark.parametrize(
     ("make", "text", "expected"), [case[1:] for case in CASES], ids=[case[0] for case in CASES]
 )
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_an_answer_is_read_alike_however_it_is_cut(
     make: Callable[[], Reply], text: str, expected: dict[str, Any], data: st.DataObject
@@ -183,7 +183,6 @@ def test_an_answer_is_read_alike_however_it_is_cut(
     assert read(make, pieces) == expected
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     text=st.lists(
         st.sampled_from(["<think>", "</think>", "<tool_call>", "</tool_call>", "<", "{", "x", " "]),

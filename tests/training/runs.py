@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import gzip
 import json
+import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def write_target(folder: Path, family: str = "llama") -> Path:
     """A random model of four layers, hidden size 64."""
     random_model(family).save_pretrained(folder)
+    os.utime(folder / "model.safetensors", ns=(0, 0))  # the same weights are checked once
     return folder
 
 
@@ -80,11 +86,20 @@ def recipe_values(folder: Path, **changes: Any) -> dict[str, Any]:
     return values
 
 
+@functools.cache
+def _made_once() -> Path:
+    """A folder with target and shard, which lasts as long as the process."""
+    folder = Path(tempfile.mkdtemp(prefix="dspark-runs-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    write_target(folder / "target")
+    write_shard(folder / "shard.jsonl.gz")
+    return folder
+
+
 def make_run(folder: Path, **changes: Any) -> Recipe:
     """A recipe whose target and shard exist."""
     if not (folder / "target").exists():
-        write_target(folder / "target")
-        write_shard(folder / "shard.jsonl.gz")
+        shutil.copytree(_made_once(), folder, dirs_exist_ok=True)
     return make_recipe(recipe_values(folder, **changes))
 
 

@@ -87,14 +87,12 @@ def test_near_duplicates_are_those_of_a_search_by_brute_force() -> None:
         else:
             own = [rng.choice(names) for _ in range(rng.randint(1, 14))]
         texts.append(" ".join(own))
-    index, kept, found = DuplicateIndex(0.6), list[str](), list[Drop | None]()
+    index, found = DuplicateIndex(0.6), list[Drop | None]()
+    kept: dict[str, set[str]] = {}
     for text in texts:
         own_shingles = shingles(text)
         alike = max(
-            (
-                len(own_shingles & shingles(other)) / len(own_shingles | shingles(other))
-                for other in kept
-            ),
+            (len(own_shingles & other) / len(own_shingles | other) for other in kept.values()),
             default=0.0,
         )
         if text in kept:
@@ -102,7 +100,7 @@ def test_near_duplicates_are_those_of_a_search_by_brute_force() -> None:
         else:
             found.append(Drop.NEAR_DUPLICATE if alike > 0.6 else None)
             if found[-1] is None:
-                kept.append(text)
+                kept[text] = own_shingles
         assert index.check(text) is found[-1]
     assert {Drop.DUPLICATE, Drop.NEAR_DUPLICATE, None} == set(found)
 

@@ -52,6 +52,7 @@ def test_a_run_leaves_a_draft_that_loads(folder):
     assert not list((folder / "out").rglob("*.part"))
 
 
+@pytest.mark.usefixtures("module_cache")
 def test_a_trained_draft_changes_no_text(folder):
     train(folder)
     prompts = [[5, 7, 9, 11], [3, 1, 4, 1, 5, 9, 2, 6]]
@@ -98,7 +99,10 @@ def test_one_batch_is_learnt_by_heart(folder, kind):
 # -- stopping and going on --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("optimizer", "cache"), [("adamw", False), ("muon", True)])
+@pytest.mark.parametrize(
+    ("optimizer", "cache"),
+    [pytest.param("adamw", False, marks=pytest.mark.slow), ("muon", True)],
+)
 def test_a_stopped_run_goes_on_bitwise(folder, optimizer, cache):
     changes = {"optimizer_kind": optimizer, "run_epochs": None}
     whole = {**changes, "run_cache": str(folder / "one")} if cache else changes

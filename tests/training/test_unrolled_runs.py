@@ -55,7 +55,7 @@ def test_a_run_leaves_a_draft_that_loads(folder, kind):
     assert not list((folder / "out").rglob("*.part"))
 
 
-@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("cache", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_bitwise(folder, cache):
     changes = {**EAGLE3, "draft_owns_head": cache, "optimizer_kind": "adamw"}
     whole = {**changes, "run_cache": str(folder / "one")} if cache else changes

@@ -7,6 +7,7 @@ first tokens that come out. Planted faults show that it has teeth.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -44,13 +45,17 @@ def random_law(*words: int, peak: float = 1.5) -> np.ndarray:
     return x / x.sum()
 
 
+@functools.cache
 def target_of(context: tuple[int, ...]) -> np.ndarray:
     law = random_law(1, *context)
     if len(context) == 1:  # a token that can never come out
         law[context[0]] = 0
-    return law / law.sum()
+    law /= law.sum()
+    law.setflags(write=False)  # a rule must leave it as it is
+    return law
 
 
+@functools.cache
 def draft_of(source: str, context: tuple[int, ...]) -> np.ndarray:
     if source in "xy":
         law = np.zeros(VOCAB)

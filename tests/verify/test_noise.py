@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -38,7 +38,6 @@ def brute_force(row: torch.Tensor, g: np.ndarray, m: int) -> tuple[np.ndarray, n
     return ids, values[ids]
 
 
-@settings(max_examples=50, deadline=None)
 @given(
     st.integers(0, 2**64 - 1),
     st.integers(0, 10**6),

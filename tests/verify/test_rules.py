@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dspark.errors import ConfigError, DataError, ShapeError
@@ -50,7 +50,6 @@ def test_among_equal_siblings_the_first_is_taken() -> None:
     assert walk_targets(tree, [5, 7, 7, 0, 0]) == ((0,), (1, 1), 7)
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.floats(0, 1), min_size=1, max_size=6).filter(lambda x: sum(x) > 1e-3),
     st.one_of(st.just(0.0), st.just(1 - 2.0**-53), st.floats(0, 1, exclude_max=True)),
@@ -74,7 +73,6 @@ def test_a_uniform_of_exactly_zero_accepts_no_impossible_token() -> None:
             assert walk.law / walk.law.sum() == pytest.approx(target)
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([2, 3, 8, 50]))
 def test_accepting_and_recovering_add_up_to_the_target(seed: int, size: int) -> None:
     """The identity behind rejection, without sampling, in float64."""

@@ -178,7 +178,7 @@ PARAMS = [
 ]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.integers(0, len(PARAMS) - 1), min_size=1, max_size=7),
     st.sampled_from([5, 257, 4001]),

@@ -134,7 +134,7 @@ APPENDIX_A = (
 
 
 @pytest.mark.parametrize("schedule", STRICT)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20)
 @given(made=redraws())
 @example(made=APPENDIX_A)  # random rounds show a global search once in a thousand
 def test_a_nodes_own_token_has_no_say_in_its_admission(schedule: str, made: tuple) -> None:
@@ -210,7 +210,7 @@ def twins(draw: st.DrawFn) -> tuple:
 
 @pytest.mark.parametrize("is_promised", [False, True])
 @pytest.mark.parametrize("schedule", STRICT)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15)
 @given(made=twins())
 def test_a_request_with_the_same_noise_has_no_say(
     schedule: str, is_promised: bool, made: tuple

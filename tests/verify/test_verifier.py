@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -35,6 +36,11 @@ EMPTY = DraftTree(*[np.zeros(0, np.int64)] * 3, survival=np.zeros(0))
 
 def logits_after(output: Sequence[int], model: int = 0) -> torch.Tensor:
     """Raw logits [V] of a toy model that looks at its whole output."""
+    return _logits_after(tuple(output), model).clone()
+
+
+@functools.cache
+def _logits_after(output: tuple[int, ...], model: int) -> torch.Tensor:
     rng = np.random.default_rng([model, len(output), *output])
     return torch.from_numpy(1.2 * rng.normal(size=V)).float()
 
@@ -97,7 +103,10 @@ def decode(
 
 
 @pytest.mark.parametrize("rule", [Rule.GREEDY, Rule.COUPLED, Rule.SAMPLE_MATCH])
-@pytest.mark.parametrize("params", [PLAIN, FULL], ids=["plain", "full"])
+@pytest.mark.parametrize(
+    "params",
+    [pytest.param(PLAIN, id="plain", marks=pytest.mark.slow), pytest.param(FULL, id="full")],
+)
 def test_any_tree_gives_the_text_of_plain_decoding(rule: Rule, params: SamplingParams) -> None:
     if rule is Rule.GREEDY:
         params = SamplingParams(repetition_penalty=params.repetition_penalty, presence_penalty=0.4)
@@ -147,27 +156,31 @@ def law_table(params: SamplingParams, horizon: int) -> dict[tuple[int, ...], np.
     }
 
 
-def sample_plainly(params: SamplingParams) -> np.ndarray:
-    """Coupled sampling of SAMPLES texts through the noise alone, half by seed, half by sample."""
-    keys = [NoiseKey(i // 2, i % 2) for i in range(SAMPLES)]
-    tokens = np.zeros((SAMPLES, HORIZON), dtype=np.int64)
-    codes = np.zeros(SAMPLES, dtype=np.int64)
+def sample_plainly(params: SamplingParams, count: int) -> np.ndarray:
+    """Coupled sampling of texts through the noise alone, half by seed, half by sample."""
+    keys = [NoiseKey(i // 2, i % 2) for i in range(count)]
+    tokens = np.zeros((count, HORIZON), dtype=np.int64)
+    codes = np.zeros(count, dtype=np.int64)
     for t in range(HORIZON):
         table = torch.stack(
             [shaped_after(c, params) for c in itertools.product(range(V), repeat=t)]
         )
         shaped = table[torch.from_numpy(codes)]
-        tokens[:, t] = perturbed_argmax(shaped, keys, [t] * SAMPLES).numpy()
+        tokens[:, t] = perturbed_argmax(shaped, keys, [t] * count).numpy()
         codes = codes * V + tokens[:, t]
     return tokens
 
 
 @pytest.mark.parametrize(
-    "params",
-    [pytest.param(PLAIN, id="plain", marks=pytest.mark.slow), pytest.param(FULL, id="full")],
+    ("params", "count"),
+    [
+        pytest.param(PLAIN, SAMPLES, id="plain", marks=pytest.mark.slow),
+        pytest.param(FULL, SAMPLES, id="full", marks=pytest.mark.slow),
+        pytest.param(FULL, 25_000, id="full, fewer"),
+    ],
 )
-def test_plain_coupled_sampling_has_the_targets_law(params: SamplingParams) -> None:
-    assert conditional_p(sample_plainly(params), law_table(params, HORIZON)) > 1e-4
+def test_plain_coupled_sampling_has_the_targets_law(params: SamplingParams, count: int) -> None:
+    assert conditional_p(sample_plainly(params, count), law_table(params, HORIZON)) > 1e-4
 
 
 @pytest.mark.parametrize("fault", [None, "temperature", "one noise", "no top-p", "2 % lenient"])
@@ -208,7 +221,9 @@ def draft_tree(
         following = []
         for node in frontier:
             paths = [paths_of(tree_of(t, parents))[node + 1] for t in tokens]
-            shaped = torch.stack([drafted((*o, *p)) for o, p in zip(outputs, paths, strict=True)])
+            shaped = torch.stack(
+                [logits_after((*o, *p), 1) for o, p in zip(outputs, paths, strict=True)]
+            )
             ids, _ = draft_topk(shaped, keys, [index] * n, [node] * n, width)
             law = laws(shaped)
             law_of += [len(rows[0])] * width
@@ -222,22 +237,6 @@ def draft_tree(
         Proposal(tree_of(t, parents), torch.stack(r), np.array(law_of, dtype=np.int64))
         for t, r in zip(tokens, rows, strict=True)
     ]
-
-
-DRAFTED: dict[tuple[int, ...], torch.Tensor] = {}
-TARGET: dict[tuple[int, ...], torch.Tensor] = {}
-
-
-def drafted(context: tuple[int, ...]) -> torch.Tensor:
-    if context not in DRAFTED:
-        DRAFTED[context] = logits_after(context, model=1)
-    return DRAFTED[context]
-
-
-def target_logits(context: tuple[int, ...]) -> torch.Tensor:
-    if context not in TARGET:
-        TARGET[context] = logits_after(context)
-    return TARGET[context]
 
 
 def sample_by_rounds(
@@ -269,7 +268,7 @@ def sample_by_rounds(
                 output=outputs[i],
             )
             jobs.append(job)
-            rows += [target_logits((*outputs[i], *p)) for p in paths_of(proposal.tree)]
+            rows += [logits_after((*outputs[i], *p)) for p in paths_of(proposal.tree)]
         for i, job, verdict in zip(todo, jobs, verify(torch.stack(rows), jobs), strict=True):
             path = [int(job.proposal.tree.token[n]) for n in verdict.path]
             outputs[i] = (*outputs[i], *path, verdict.closing)
@@ -278,7 +277,7 @@ def sample_by_rounds(
 
 def test_rejection_through_rounds_has_the_targets_law() -> None:
     """A quick look at the wiring; test_laws.py is exact, and the slow suite draws 100 000."""
-    tokens = sample_by_rounds(PLAIN, Rule.REJECTION, (2,), 2, 4_000)
+    tokens = sample_by_rounds(PLAIN, Rule.REJECTION, (2,), 2, 2_000)
     assert conditional_p(tokens, law_table(PLAIN, 2)) > 1e-4
 
 

@@ -35,7 +35,7 @@ def build_page(
 
     Raises:
         DataError: If a file cannot be used.
-        ConfigError: If files do not compare, or matplotlib is missing.
+        ConfigError: If files do not compare.
     """
     inputs = read_inputs(paths)
     differences = find_differences(inputs)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dspark.eval.report.page import Chart, Series, printable
@@ -109,14 +110,10 @@ class Charts:
         full = [line for line in lines if line.points]
         charts = []
         for part, name in _parts(full, title):
-            with new_figure(frame.height) as figure:
-                axes = figure.subplots()
-                _frame(axes, frame, [point for line in part for point in line.points])
-                legend = self._legend([line.label for line in part])
-                for line, series in zip(part, legend, strict=True):
-                    _draw(axes, line, series.style)
-                svg = svg_of(figure, prefix=f"chart{next(self._numbers)}", title=name)
-            charts.append(Chart(title=name, svg=svg, legend=legend, note=note))
+            legend = self._legend([line.label for line in part])
+            own = {"prefix": f"chart{next(self._numbers)}", "title": name}
+            draw = partial(_draw_lines, part, frame, legend, **own)
+            charts.append(Chart(title=name, draw=draw, legend=legend, note=note))
         return tuple(charts)
 
     def dots(
@@ -144,17 +141,11 @@ class Charts:
         names = list(dict.fromkeys(name for _, points in full for name in points))
         charts = []
         for part, title_of_part in _parts(full, title):
-            row = 14 + 12 * len(part)  # pixels of a category
-            with new_figure(66 + row * len(names)) as figure:
-                axes = figure.subplots()
-                _frame_dots(axes, names, x=x, reference=reference)
-                legend = self._legend([label for label, _ in part])
-                for at, (_, points) in enumerate(part):
-                    shift = 12 / row * (at - (len(part) - 1) / 2)
-                    found = [(i + shift, points[n]) for i, n in enumerate(names) if n in points]
-                    _draw_dots(axes, found, legend[at].style)
-                svg = svg_of(figure, prefix=f"chart{next(self._numbers)}", title=title_of_part)
-            charts.append(Chart(title=title_of_part, svg=svg, legend=legend, note=note))
+            legend = self._legend([label for label, _ in part])
+            own = {"prefix": f"chart{next(self._numbers)}", "title": title_of_part}
+            axis = partial(_frame_dots, names=names, x=x, reference=reference)
+            draw = partial(_draw_rows, part, names, axis, legend, **own)
+            charts.append(Chart(title=title_of_part, draw=draw, legend=legend, note=note))
         return tuple(charts)
 
     def _legend(self, labels: Sequence[str]) -> tuple[Series, ...]:
@@ -175,6 +166,39 @@ def _parts(items: Sequence[Any], title: str) -> Iterator[tuple[Sequence[Any], st
     parts = [items[at : at + len(STYLES)] for at in range(0, len(items), len(STYLES))]
     for number, part in enumerate(parts, 1):
         yield part, title if len(parts) == 1 else f"{title}, {number} of {len(parts)}"
+
+
+def _draw_lines(
+    lines: Sequence[Line], frame: Frame, legend: Sequence[Series], *, prefix: str, title: str
+) -> str:
+    """The SVG of lines over a common axis."""
+    with new_figure(frame.height) as figure:
+        axes = figure.subplots()
+        _frame(axes, frame, [point for line in lines for point in line.points])
+        for line, series in zip(lines, legend, strict=True):
+            _draw(axes, line, series.style)
+        return svg_of(figure, prefix=prefix, title=title)
+
+
+def _draw_rows(
+    rows: Sequence[tuple[str, Mapping[str, Point]]],
+    names: Sequence[str],
+    axis: Callable[[Axes], None],
+    legend: Sequence[Series],
+    *,
+    prefix: str,
+    title: str,
+) -> str:
+    """The SVG of dots by category."""
+    row = 14 + 12 * len(rows)  # pixels of a category
+    with new_figure(66 + row * len(names)) as figure:
+        axes = figure.subplots()
+        axis(axes)
+        for at, (_, points) in enumerate(rows):
+            shift = 12 / row * (at - (len(rows) - 1) / 2)
+            found = [(i + shift, points[n]) for i, n in enumerate(names) if n in points]
+            _draw_dots(axes, found, legend[at].style)
+        return svg_of(figure, prefix=prefix, title=title)
 
 
 def _frame(axes: Axes, frame: Frame, points: Sequence[Point]) -> None:

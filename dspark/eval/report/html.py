@@ -24,7 +24,7 @@ def render_html(page: Page) -> str:
     """The page as HTML, the result files embedded.
 
     Raises:
-        ConfigError: If Jinja is not installed.
+        ConfigError: If Jinja, or matplotlib for its charts, is not installed.
     """
     try:
         import jinja2

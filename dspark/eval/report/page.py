@@ -6,7 +6,7 @@ All texts are plain: a renderer escapes them. The only markup is a chart's SVG, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, TypeAlias
@@ -87,15 +87,20 @@ class Chart:
 
     Attributes:
         title: What it shows.
-        svg: SVG markup with texts as text, free of ids that another chart has.
+        draw: Makes `svg`, for a page that shows it: drawing takes longer than all else.
         legend: Its series; empty if there is one that the title names.
         note: A sentence below it, or "".
     """
 
     title: str
-    svg: str
+    draw: Callable[[], str]
     legend: tuple[Series, ...] = ()
     note: str = ""
+
+    @property
+    def svg(self) -> str:
+        """SVG markup with texts as text, free of ids that another chart has."""
+        return self.draw()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
