@@ -8,6 +8,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,58 @@ import torch
 import transformers
 
 import dspark
+from dspark.models import resolve_model
 
-__all__ = ["code_version", "describe", "finish", "interleave", "ratio"]
+__all__ = [
+    "ALIAS",
+    "Stock",
+    "code_version",
+    "describe",
+    "finish",
+    "forget_prompts",
+    "interleave",
+    "milliseconds",
+    "ratio",
+    "spread",
+]
+
+ALIAS = "smollm2-135m"
+
+
+class Stock:
+    """transformers.generate with a stock model, greedy, left-padded batches."""
+
+    def __init__(self, dtype: str) -> None:
+        folder = resolve_model(ALIAS)
+        self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype)
+        ).eval()
+
+    def run(
+        self, prompts: list[list[int]], tokens: int, **options: Any
+    ) -> tuple[float, list[list[int]]]:
+        """Seconds of one batch, and its texts, padded where one ended before the longest.
+
+        Args:
+            prompts: Token ids.
+            tokens: New tokens at the most.
+            options: For `generate`.
+        """
+        longest = max(len(p) for p in prompts)
+        ids = torch.tensor([[2] * (longest - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        start = time.perf_counter()
+        with torch.inference_mode():
+            out = self.model.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=2,
+                **options,
+            )
+        seconds = time.perf_counter() - start
+        return seconds, out[:, longest:].tolist()
 
 
 def _git(*args: str) -> str:
@@ -75,14 +126,28 @@ def interleave(runs: dict[str, Callable[[], float]], repeats: int) -> dict[str, 
     return figures
 
 
+def forget_prompts(engine: dspark.Engine) -> None:
+    """Give up K/V that an engine keeps of ended requests, so that a prompt is read again."""
+    engine._cache.forget_kept()
+
+
+def spread(values: Sequence[float], digits: int = 3) -> dict[str, float]:
+    """Median, least and largest."""
+    return {
+        "median": round(statistics.median(values), digits),
+        "least": round(min(values), digits),
+        "largest": round(max(values), digits),
+    }
+
+
 def ratio(upper: Sequence[float], lower: Sequence[float]) -> dict[str, float]:
     """Median, least and largest of the turn-by-turn ratios upper / lower."""
-    values = [a / b for a, b in zip(upper, lower, strict=True)]
-    return {
-        "median": round(statistics.median(values), 3),
-        "least": round(min(values), 3),
-        "largest": round(max(values), 3),
-    }
+    return spread([a / b for a, b in zip(upper, lower, strict=True)])
+
+
+def milliseconds(times: Sequence[float]) -> dict[str, float]:
+    """Median, least and largest of some seconds, in milliseconds."""
+    return spread([1e3 * seconds for seconds in times], 2)
 
 
 def finish(report: dict[str, Any], out: str | None) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import describe, finish, ratio
+from common import ALIAS, describe, finish, forget_prompts, milliseconds, ratio
 from prompts import FREE
 from transformers import AutoModelForCausalLM
 
@@ -30,7 +30,6 @@ from dspark.models import cache_root, resolve_model
 from dspark.registry import LoadedTarget, LoadOptions, load_target
 from dspark.target import BatchPart, Target, TokenBatch
 
-ALIAS = "smollm2-135m"
 STOCK = "transformers.generate"
 ROWS = (1, 2, 4, 8, 16, 32)
 
@@ -66,10 +65,15 @@ class Steps:
         return min(times)
 
 
-def load(dtype: str, path: str, *, exact: bool | None) -> LoadedTarget:
+def load(dtype: str, path: str, *, exact: bool | None, quant: str = "none") -> LoadedTarget:
     """The model on one path."""
     options = LoadOptions(
-        name=ALIAS, dtype=dtype, path=path, exact=exact, probe_folder=cache_root() / "probes"
+        name=ALIAS,
+        dtype=dtype,
+        path=path,
+        exact=exact,
+        quant=quant,
+        probe_folder=cache_root() / "probes",
     )
     return load_target(resolve_model(ALIAS), options)
 
@@ -92,6 +96,7 @@ def generate_seconds(model: Any, prompt: list[int], tokens: int, clock: Any) -> 
 
 def decode_seconds(engine: dspark.Engine, prompt: list[int], tokens: int, clock: Any) -> float:
     """Seconds a token of our plain decoding, its prefill included."""
+    forget_prompts(engine)
     start = clock()
     engine.generate([prompt], dspark.SamplingParams(max_tokens=tokens, ignore_eos=True))
     return (clock() - start) / tokens
@@ -208,15 +213,6 @@ def main() -> None:
         "exact / not, plain path": ratio(steps["plain"][1], steps["plain, not exact"][1]),
     }
     finish(report, args.out)
-
-
-def milliseconds(times: list[float]) -> dict[str, float]:
-    """Median, least and largest."""
-    return {
-        "median": round(1e3 * statistics.median(times), 2),
-        "least": round(1e3 * min(times), 2),
-        "largest": round(1e3 * max(times), 2),
-    }
 
 
 def print_table(figures: Figures, sizes: dict[str, int]) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 SETS = {
     "humaneval": "code",
@@ -23,20 +24,25 @@ SETS = {
 }
 
 
-def main() -> None:
-    """Write the file."""
-    if len(sys.argv) != 3:
-        raise SystemExit("usage: pick_prompts.py FOLDER OUT.jsonl")
-    folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+def pick(folder: Path, each: int = 2) -> list[dict[str, Any]]:
+    """First turns of so many questions of each set, spaced alike over it."""
     picked = []
     for name, category in SETS.items():
         # Not splitlines: it parts lines at characters that JSON strings may hold.
         lines = (folder / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")
         rows = [json.loads(line) for line in lines if line.strip()]
-        for place, row in enumerate(rows[:: max(1, len(rows) // 3)][:2]):
+        for place, row in enumerate(rows[:: max(1, len(rows) // (each + 1))][:each]):
             question = {"question_id": f"{name}-{place}", "category": category}
             picked.append({**question, "turns": row["turns"][:1]})
-    out.write_text("".join(json.dumps(row) + "\n" for row in picked), encoding="utf-8")
+    return picked
+
+
+def main() -> None:
+    """Write the file."""
+    if len(sys.argv) != 3:
+        raise SystemExit("usage: pick_prompts.py FOLDER OUT.jsonl")
+    folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+    out.write_text("".join(json.dumps(row) + "\n" for row in pick(folder)), encoding="utf-8")
 
 
 if __name__ == "__main__":

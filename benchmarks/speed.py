@@ -13,50 +13,23 @@ import argparse
 import time
 from typing import Any
 
-import torch
-from common import describe, finish, interleave, ratio
+from common import ALIAS, Stock, describe, finish, forget_prompts, interleave, ratio
 from prompts import FREE, REPEATING
-from transformers import AutoModelForCausalLM
 
 import dspark
-from dspark.models import resolve_model
-
-ALIAS = "smollm2-135m"
 
 
-class Stock:
-    """transformers.generate, greedy, left-padded batches."""
-
-    def __init__(self, dtype: str) -> None:
-        folder = resolve_model(ALIAS)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-        self.model.eval()
-
-    def run(self, prompts: list[list[int]], tokens: int, **options: Any) -> float:
-        """Tokens per second of one batch."""
-        """Tokens per second of one batch."""
-        longest = max(len(p) for p in prompts)
-        ids = torch.tensor([[2] * (longest - len(p)) + p for p in prompts])
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-        start = time.perf_counter()
-        with torch.inference_mode():
-            out = self.model.generate(
-                ids,
-                attention_mask=mask,
-                max_new_tokens=tokens,
-                min_new_tokens=tokens,
-                do_sample=False,
-                pad_token_id=2,
-                **options,
-            )
-        seconds = time.perf_counter() - start
-        return len(prompts) * (out.shape[1] - longest) / seconds
+def run_stock(stock: Stock, prompts: list[list[int]], tokens: int, **options: Any) -> float:
+    """Tokens per second of one batch of transformers.generate."""
+    seconds, texts = stock.run(prompts, tokens, min_new_tokens=tokens, **options)
+    return sum(len(text) for text in texts) / seconds
 
 
 def run_engine(
     engine: dspark.Engine, prompts: list[list[int]], params: dspark.SamplingParams
 ) -> tuple[float, list[dspark.GenerationResult]]:
     """Tokens per second of one batch, and its results."""
+    forget_prompts(engine)
     start = time.perf_counter()
     results = engine.generate(prompts, params)
     seconds = time.perf_counter() - start
@@ -69,6 +42,7 @@ def one_by_one(
     """Tokens per second over prompts run one after another."""
     tokens, seconds = 0, 0.0
     for prompt in prompts:
+        forget_prompts(engine)
         start = time.perf_counter()
         (result,) = engine.generate([prompt], params)
         seconds += time.perf_counter() - start
@@ -107,12 +81,12 @@ def main() -> None:
 
     figures = interleave(
         {
-            "generate, batch 1": lambda: stock.run(free[:1], args.tokens),
+            "generate, batch 1": lambda: run_stock(stock, free[:1], args.tokens),
             "plain, batch 1": lambda: run_engine(plain, free[:1], fixed)[0],
-            "generate lookup, batch 1": lambda: stock.run(
-                repeating[:1], args.tokens, prompt_lookup_num_tokens=10
+            "generate lookup, batch 1": lambda: run_stock(
+                stock, repeating[:1], args.tokens, prompt_lookup_num_tokens=10
             ),
-            "generate, batch 8": lambda: stock.run(free, args.tokens),
+            "generate, batch 8": lambda: run_stock(stock, free, args.tokens),
             "plain, batch 8": batch_8,
             "plain, repeating": lambda: one_by_one(plain, repeating, natural, logs["plain"]),
             "lookup, repeating": lambda: one_by_one(lookup, repeating, natural, logs["repeating"]),

@@ -243,7 +243,7 @@ def save_tensors(
     stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
     if layout == "eagle3":
         stored = {name.replace("layers.0.", "midlayer."): t for name, t in stored.items()}
-    if layout != "deepspec":
+    if config.draft_vocab_size < config.vocab_size:  # vLLM refuses a map of the whole vocabulary
         ids = torch.arange(config.draft_vocab_size)
         offsets = stored.setdefault("d2t", torch.zeros_like(ids))
         stored["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool)

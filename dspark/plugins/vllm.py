@@ -100,6 +100,9 @@ class LookupProposer:
         """Texts kept: those of the rows, and of some requests that left them."""
         return len(self._known)
 
+    def load_model(self, target: Any = None, **later: Any) -> None:
+        """Load nothing: vLLM's runner for CPUs asks every proposer, with its target."""
+
     def propose(
         self,
         sampled_token_ids: list[list[int]],

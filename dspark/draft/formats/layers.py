@@ -130,6 +130,8 @@ def dump_layers(backbone: BackboneConfig, family: str) -> dict[str, Any]:
             "hidden_size_per_layer_input": 0,
             "rope_parameters": {FULL: fields["rope_parameters"]},
         }
+        if not windows:
+            del fields["sliding_window"]  # Gemma's config class refuses null
     else:
         fields["hidden_act"] = backbone.activation
     return fields

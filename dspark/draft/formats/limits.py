@@ -39,6 +39,7 @@ class BlockLimits:
             that end at the slot and are causal.
         activations: Of the MLPs; empty allows all.
         first_layer: The lowest layer of the target that can be read; -1 is the embeddings.
+        has_values: Gemma's layers may have values of their own, not only their keys'.
     """
 
     families: tuple[str, ...] = ("qwen3",)
@@ -50,6 +51,7 @@ class BlockLimits:
     window: str | None = None
     activations: tuple[str, ...] = ()
     first_layer: int = -1
+    has_values: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +119,8 @@ def _block_findings(config: DSparkConfig, limits: BlockLimits) -> Iterator[_Find
     names = limits.activations
     is_strange = bool(names) and backbone.activation not in names
     yield "hidden_act", backbone.activation, is_strange, " or ".join(names)
+    shares = backbone.shares_kv
+    yield "attention_k_eq_v", shares, not shares and not limits.has_values, "true"
     ids = list(config.target_layer_ids)
     yield "target_layer_ids", ids, ids[0] < limits.first_layer, f">= {limits.first_layer}"
 

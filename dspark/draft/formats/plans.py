@@ -9,8 +9,8 @@
 | vllm | DeepSpec's; SpecForge's for DFlash and sliding windows | SafeAILab's |
 | sglang | SpecForge's, with its fields at top level too | SafeAILab's |
 
-vLLM reads speculators' layout too, but takes its DSpark modules for ones whose anchor predicts
-nothing, whatever they say; SGLang refuses them.
+vLLM reads speculators' layout too, but that has no windows that move and no other width than the
+target's, and its Llama layers of EAGLE-3 read three of the target's; SGLang refuses it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _VLLM = BlockLimits(
     window="moving",
     activations=("silu",),
 )
-_VLLM_GEMMA = BlockLimits(families=("gemma4",), heads=("vanilla",))
+_VLLM_GEMMA = BlockLimits(families=("gemma4",), heads=("vanilla",), has_values=False)
 _VLLM_DFLASH = BlockLimits(
     has_reduced_vocabulary=True,
     has_other_width=True,

@@ -6,7 +6,7 @@ What differs from the three layouts of dspark.draft.eagle3_config, by program:
 |---|---|
 | SpecForge | no `norm_output`: there it is the norm before the head, on unless said otherwise |
 | SpecForge, SGLang | layer ids in `eagle_config` too, naming outputs; these alone are read |
-| vLLM | Qwen 3 layers are its class `Eagle3Qwen3ForCausalLM` |
+| vLLM | `num_aux_hidden_states`, the number of layers; Qwen 3's class `Eagle3Qwen3ForCausalLM` |
 
 SGLang 0.5.23 reads nested ids as outputs for targets of the families Llama, Qwen, Gemma, GLM and
 MiniMax; for DeepSeek-V3 and its kin only if the first is 1, for gpt-oss unless one is the last.
@@ -56,8 +56,10 @@ def write_unrolled_config(
         raw["speculators_version"] = SPECULATORS_VERSION
     if to is Program.SPECFORGE:
         raw.pop("norm_output")
-    if to is Program.VLLM and config.qk_norm:
-        raw["architectures"] = ["Eagle3Qwen3ForCausalLM"]
+    if to is Program.VLLM:
+        raw["num_aux_hidden_states"] = len(config.target_layers)
+        if config.qk_norm:
+            raw["architectures"] = ["Eagle3Qwen3ForCausalLM"]
     if to in (Program.SGLANG, Program.SPECFORGE):
         outputs = list(config.target_layers)
         raw["eagle_config"] = {"use_aux_hidden_state": True, _IDS: outputs}
