@@ -283,10 +283,13 @@ def test_the_version_and_the_models_are_listed(run: Run) -> None:
     assert [line.split("\t")[0] for line in listed.out.splitlines()] == [
         "smollm2-135m",
         "gemma3-270m",
+        "v4-mini",
+        "v4-mini-mtp",
     ]
     record = json.loads(run("models", "--json").out)
     assert {"llama", "qwen", "gemma"} <= set(record["families"])
-    assert not any(model["cached"] for model in record["models"])
+    cached = [model["name"] for model in record["models"] if model["cached"]]
+    assert cached == ["v4-mini", "v4-mini-mtp"]  # which are in the package
 
 
 def test_running_the_module_is_running_the_command(

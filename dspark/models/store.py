@@ -124,8 +124,10 @@ def remove_model(folder: Path) -> None:
         folder: Folder of the finished model.
 
     Raises:
-        CheckpointError: If it cannot be removed.
+        CheckpointError: If it cannot be removed, or is part of the package.
     """
+    if Path(__file__).resolve().parent in folder.resolve().parents:
+        raise CheckpointError(f"{folder} is part of the package, so it is not removed.")
     with explain_disk_errors(folder):
         (folder / MARKER).unlink(missing_ok=True)
         shutil.rmtree(folder)

@@ -237,9 +237,9 @@ class Scheduler:
         if kind in _STATIC or load.rates is None:
             return 0.0
         stops = kind is ScheduleKind.EARLY_STOP or (is_drawn and kind is ScheduleKind.AUTO)
-        seconds = 1.0 / load.rates(1 if stops else nodes)
-        count = np.arange(1, len(seconds))
-        longer = (seconds[1:] + load.asking) / seconds[0] - 1
+        rates = load.rates(1 if stops else nodes)
+        count = np.arange(1, len(rates))
+        longer = rates[0] / rates[1:] - 1 + load.asking * rates[0]
         return float((load.value * longer / count).min()) / weight
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:

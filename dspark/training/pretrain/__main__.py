@@ -6,6 +6,7 @@ train     train the target, in legs
 pack      write it as a checkpoint
 draft     train a draft module on that checkpoint, in legs
 add       write the checkpoint with the draft module
+prompts   write prompts of held-out text, for dspark eval
 """
 
 from __future__ import annotations
@@ -222,6 +223,25 @@ def add_command(
     card = model_card(config, _read_json(text / "manifest.json"), logs, losses)
     size = export.add_draft(out, target, config, export.draft_tensors(run, kind, config), card)
     _say(f"{out}: {size / 1e6:.1f} MB")
+
+
+@app.command("prompts")
+def prompts_command(
+    source: Annotated[Path, typer.Argument(help="Folder that `text` made.")],
+    out: Annotated[Path, typer.Argument(help="JSON lines to write.")],
+    kind: Annotated[list[str], typer.Option("--kind", help="code, docs or chat; repeatable.")],
+) -> None:
+    """Write a prompt of every held-out document: lines from its middle, or the user's question."""
+    from dspark.training.pretrain.prompts import held_out_prompts
+    from dspark.training.pretrain.text import KINDS, read_documents
+
+    unknown = [name for name in kind if name not in KINDS]
+    if unknown:
+        raise ConfigError(f"the kind is {unknown[0]!r}, but must be one of {', '.join(KINDS)}.")
+    rows = list(held_out_prompts(read_documents(source), kind))
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    out.write_text("".join(lines), encoding="utf-8")
+    _say(f"{len(rows)} prompts")
 
 
 def _read_json(path: Path) -> Any:

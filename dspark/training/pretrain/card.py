@@ -10,7 +10,7 @@ from dspark.base_model.config import V4Config
 __all__ = ["model_card"]
 
 _LICENCE = """\
-The weights are under the licence of this package (MIT). They were trained on the text below, whose
+The weights are under the licence of this package (MIT). They were trained on the text above, whose
 licences are named there; what they write is not that text."""
 
 
@@ -76,9 +76,10 @@ def _text_lines(manifest: Mapping[str, Any]) -> str:
 def _run_line(name: str, log: Sequence[Mapping[str, Any]]) -> str:
     last = log[-1]
     seconds = sum(_size(log, i) / row["tokens_per_second"] for i, row in enumerate(log))
+    threads = " or ".join(str(count) for count in sorted({row["threads"] for row in log}))
     return (
         f"- {name}: {last['step']} steps, {last['tokens'] / 1e6:.1f} M tokens, "
-        f"{seconds / 3600:.1f} hours of 2 cores"
+        f"{seconds / 3600:.1f} hours of {threads} CPU thread{'' if threads == '1' else 's'}"
     )
 
 

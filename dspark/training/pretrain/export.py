@@ -6,6 +6,7 @@ quantised by other code than that of `dspark convert`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -64,8 +65,17 @@ def pack(
         text = json.dumps(_SAMPLING, indent=2) + "\n"
         (plain / "generation_config.json").write_text(text, encoding="utf-8")
         convert_checkpoint(plain, folder, layout=Layout.OFFICIAL, weights=WeightFormat.FP4)
-    (folder / CARD).write_text(card, encoding="utf-8")
+    (folder / CARD).write_text(card + _file_list(folder), encoding="utf-8")
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _file_list(folder: Path) -> str:
+    """The card's list of all files but itself."""
+    lines = ["", "## Files", "", "| file | bytes | SHA-256 |", "|---|---|---|"]
+    for path in sorted(folder.iterdir()):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        lines.append(f"| {path.name} | {path.stat().st_size} | {digest} |")
+    return "\n".join(lines) + "\n"
 
 
 def add_draft(

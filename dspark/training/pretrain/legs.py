@@ -134,6 +134,7 @@ def run_leg(training: Training, folder: Path, leg: Leg, report: Report) -> LegRe
         row = training.advance()
         if done.step % training.validate_every == 0 or done.step == total:
             row["held_out"] = training.validate()
+        row["threads"] = torch.get_num_threads()
         append_log(folder, {"step": done.step, "tokens": done.tokens, **row})
         if done.step % _SHOWN_EVERY == 0 or "held_out" in row:
             report(_line(done, total, row))

@@ -95,6 +95,7 @@ class OptimizerRecipe:
         betas: Of AdamW.
         weight_decay: Per unit of learning rate, of matrices and of embedding and head.
         clip: Longest gradient.
+        newton_schulz: Muon's steps towards an orthogonal update, quick ones and settling ones.
     """
 
     muon_lr: float = 4e-3
@@ -103,6 +104,7 @@ class OptimizerRecipe:
     betas: tuple[float, ...] = (0.9, 0.95)
     weight_decay: float = 0.1
     clip: float = 1.0
+    newton_schulz: tuple[int, ...] = (8, 2)
 
     def __post_init__(self) -> None:
         for name in ("muon_lr", "adam_lr", "clip"):
@@ -111,6 +113,9 @@ class OptimizerRecipe:
         _check(is_pair, "optimizer.betas", list(self.betas), "two numbers from 0 to below 1")
         _check(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "from 0 to below 1")
         _check(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, ">= 0")
+        steps = self.newton_schulz
+        is_pair = len(steps) == 2 and steps[0] >= 1 and steps[1] >= 0
+        _check(is_pair, "optimizer.newton_schulz", list(steps), "two numbers, from 1 and from 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

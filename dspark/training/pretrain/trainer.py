@@ -147,6 +147,7 @@ def make_optimizer(recipe: Recipe, module: nn.Module, skip: tuple[str, ...] = ()
         betas=(wanted.betas[0], wanted.betas[1]),
         weight_decay=wanted.weight_decay,
         clip=wanted.clip,
+        newton_schulz=(wanted.newton_schulz[0], wanted.newton_schulz[1]),
     )
 
 

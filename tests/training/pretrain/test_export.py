@@ -143,14 +143,15 @@ def test_the_card_names_text_licences_hours_and_figures():
         "sha256": "ab" * 32,
     }
     rows = [
-        {"step": 1, "tokens": 3600, "tokens_per_second": 1.0},
-        {"step": 2, "tokens": 7200, "tokens_per_second": 0.5, "held_out": {"code": [0.5, 0.25]}},
+        {"step": 1, "tokens": 3600, "tokens_per_second": 1.0, "threads": 1},
+        {"step": 2, "tokens": 7200, "tokens_per_second": 0.5, "threads": 1},
     ]
+    rows[1]["held_out"] = {"code": [0.5, 0.25]}
     losses = {"trained": {"code": 2.0}, "packed": {"code": 2.01}}
     card = model_card(RECIPE.model, manifest, {"target": rows, "dspark": rows}, losses)
     for part in (
         "code: 10.0 MB. Some Licence.",
-        "target: 2 steps, 0.0 M tokens, 3.0 hours",
+        "target: 2 steps, 0.0 M tokens, 3.0 hours of 1 CPU thread\n",
         "| packed | 2.010 |",
         "code: 0.500 0.250",
         "1 sliding window only, 2 CSA, 1 HCA",
@@ -160,9 +161,10 @@ def test_the_card_names_text_licences_hours_and_figures():
         assert part in card
 
 
-def test_v4_mini_packs_to_at_most_40_mb(tmp_path):
+@pytest.mark.parametrize("name", ["v4-mini", "v4-mini-long"])
+def test_v4_mini_packs_to_at_most_40_mb(name, tmp_path):
     """Both draft modules counted, with the recipe's own shapes and untrained weights."""
-    config = read_recipe(Path(__file__).parents[3] / "recipes" / "v4-mini.toml").model
+    config = read_recipe(Path(__file__).parents[3] / "recipes" / f"{name}.toml").model
     network, draft = V4Network(config), DSparkNetwork(config)
     initialise(network, 0)
     initialise(draft, 1)

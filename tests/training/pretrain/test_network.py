@@ -57,7 +57,7 @@ def package_logits(config: V4Config, network: V4Network, ids: torch.Tensor) -> t
     return feed(model, cache, open_slot(cache), ids.tolist())
 
 
-@pytest.mark.parametrize("length", [1, 3, 7, 16, 40, 75])
+@pytest.mark.parametrize("length", [1, 7, 16, 75])
 @pytest.mark.parametrize("indexer", ["off", "select"])
 def test_logits_are_those_of_the_package(length, indexer):
     # With "off" the network attends to every entry, as the package does if the indexer keeps all.

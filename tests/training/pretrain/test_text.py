@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from dspark.base_model.chat import encode_messages
 from dspark.base_model.chat_codec import load_v4_codec
 from dspark.errors import DataError
 from dspark.training.pretrain import text
+from dspark.training.pretrain.prompts import held_out_prompts
 from dspark.training.pretrain.rows import TrainingRows, held_out_rows
 from dspark.training.pretrain.text import Document, collect, read_documents
 from dspark.training.pretrain.tokenizer import (
@@ -205,3 +207,22 @@ def test_rows_longer_than_the_text_are_refused_or_left_out():
         TrainingRows(tokens, 0).at(0, 1, length)
     assert held_out_rows(tokens, "code", length, 4).shape == (0, length + 1)
     assert held_out_rows(tokens, "code", 16, 4).shape == (4, 17)
+
+
+def test_prompts_are_held_out_text_that_the_source_goes_on_from():
+    pages = [d for d in toys.documents() if d.kind == "code"]
+    chat = encode_messages(
+        [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "That."}]
+    )
+    documents = [*pages, Document("chat/1.0", "chat", "held-out", chat)]
+    rows = list(held_out_prompts(documents, ["code", "chat"], characters=100))
+    held_out = {d.name: d.text for d in documents if d.split == "held-out"}
+    assert [row["question_id"] for row in rows] == list(held_out)
+    for row in rows[:-1]:
+        assert 0 < len(row["prompt"]) <= 100
+        before, found, behind = held_out[row["question_id"]].partition(row["prompt"])
+        assert found
+        assert before.endswith("\n")
+        assert behind
+    assert rows[-1]["prompt"] == "Which?"
+    assert list(held_out_prompts(documents, ["docs"])) == []

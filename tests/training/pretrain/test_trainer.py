@@ -16,6 +16,7 @@ import torch
 
 from dspark.errors import CheckpointError, ConfigError
 from dspark.training.pretrain.legs import Leg, resume, run_leg
+from dspark.training.pretrain.optimizer import orthogonalise
 from dspark.training.pretrain.settings import ScheduleRecipe, make_recipe, read_recipe
 from dspark.training.pretrain.state import find_state, load_state, read_log
 from dspark.training.pretrain.trainer import TargetTraining, text_losses
@@ -187,6 +188,7 @@ def test_schedule_rises_stays_and_falls():
         ({"stage": []}, "lacks"),
         ({"stage": [{"steps": 1, "length": 4}]}, "lacks stage.sequences"),
         ({"stage": [{**toys.RECIPE["stage"][0], "indexer": "on"}]}, "stage.indexer is 'on'"),
+        ({"optimizer": {"newton_schulz": [0, 2]}}, r"optimizer.newton_schulz is \[0, 2\]"),
         ({"model": {**toys.RECIPE["model"], "o_groups": 3}}, "not a multiple of o_groups"),
         ({"model": {**toys.RECIPE["model"], "compress_ratios": 4}}, "must be a list"),
     ],
@@ -196,8 +198,18 @@ def test_a_wrong_recipe_is_refused_by_name(values, message):
         make_recipe({**toys.RECIPE, **values})
 
 
-def test_the_recipe_of_v4_mini_has_every_kind_of_layer_and_fits_its_size():
-    recipe = read_recipe(Path(__file__).parents[3] / "recipes" / "v4-mini.toml")
+@pytest.mark.parametrize(("steps", "least", "most"), [((8, 2), 0.98, 1.02), ((5, 0), 0.6, 1.3)])
+def test_newton_schulz_makes_singular_values_equal(steps, least, most):
+    draws = torch.Generator().manual_seed(0)
+    stack = torch.randn(3, 16, 40, generator=draws)
+    values = torch.linalg.svdvals(orthogonalise(stack, steps))
+    assert least < values.min()
+    assert values.max() < most
+
+
+@pytest.mark.parametrize("name", ["v4-mini", "v4-mini-long"])
+def test_the_recipes_of_v4_mini_have_every_kind_of_layer(name):
+    recipe = read_recipe(Path(__file__).parents[3] / "recipes" / f"{name}.toml")
     kinds = {recipe.model.layer_kind(i).value for i in range(recipe.model.num_hidden_layers)}
     assert len(kinds) == 3
     assert 0 < recipe.model.num_hash_layers < recipe.model.num_hidden_layers
