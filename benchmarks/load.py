@@ -29,7 +29,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from common import describe, finish, ratio
+from common import describe, finish, forget_prompts, ratio
 
 import dspark
 from dspark.active import ActiveRequest, Phase
@@ -97,6 +97,7 @@ class Load:
         """
         engine, waiting = self.engine, deque(asked)
         before = engine.stats.preemptions
+        forget_prompts(engine)
         under_way: list[ActiveRequest] = []
         every: list[ActiveRequest] = []
         start = time.perf_counter()
