@@ -83,14 +83,16 @@ struct Rounded {
   }
 
   void round_block(const float* x, int64_t block) {
-    Floats largest = Floats{};
+    Floats largest = Floats{}, nothing = Floats{};
     for (int i = 0; i < BLOCK; i += LANES) {
       Floats v = load(x + i);
       largest = larger(largest, larger(v, -v));
+      nothing += v - v;  // not a number where v is none, which `larger` would pass over
     }
+    nothing = across<LANES / 2>(nothing, [](Floats a, Floats b) { return a + b; });
     largest = across<LANES / 2>(largest, [](Floats a, Floats b) { return larger(a, b); });
     const float most = largest[0];
-    const float step = most / 127.0f, inverse = most > 0 ? 127.0f / most : 0.0f;
+    const float step = most / 127.0f + nothing[0], inverse = most > 0 ? 127.0f / most : 0.0f;
     const Floats magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
     Ints sum = Ints{};
     for (int i = 0; i < BLOCK; i += LANES) {
