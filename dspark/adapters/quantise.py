@@ -113,9 +113,14 @@ def _int4(weight: Tensor) -> Int4Weight:
     grouped = weight.view(outputs, inputs // GROUP, GROUP)
     fit = _fit_groups(grouped, 1.0)
     # Weights that were stored in four bits before fit at once, and a search would find nothing.
-    if float(fit[0].sum()) > _KEPT * GROUP * float(fit[1].float().square().sum()):
-        fits = (_fit_groups(grouped, share) for share in _SHRINKS)
-        fit = functools.reduce(_better_groups, fits, fit)
+    # Each group is asked by itself: what stands beside it differs between the paths.
+    is_open = fit[0] > _KEPT * GROUP * fit[1].float().square()
+    if is_open.any():
+        tried = [_fit_groups(grouped[is_open], share) for share in _SHRINKS]
+        first: _Fit = (fit[0][is_open], fit[1][is_open], fit[2][is_open], fit[3][is_open])
+        found: _Fit = functools.reduce(_better_groups, tried, first)
+        for part, best in zip(fit, found, strict=True):
+            part[is_open] = best
     _, step, least, values = fit
     return Int4Weight(values.flatten(1), step, least)
 
@@ -139,7 +144,8 @@ def _better_groups(old: _Fit, new: _Fit) -> _Fit:
     better = new[0] < old[0]
 
     def pick(i: int) -> Tensor:
-        return torch.where(better[..., None] if old[i].dim() == 3 else better, new[i], old[i])
+        is_wide = old[i].dim() > better.dim()
+        return torch.where(better[..., None] if is_wide else better, new[i], old[i])
 
     return pick(0), pick(1), pick(2), pick(3)
 

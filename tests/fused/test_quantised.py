@@ -68,6 +68,16 @@ def test_numbers_that_can_be_kept_are_kept(quant: str) -> None:
     assert torch.equal(quantise(weight, quant).dequantise(), weight)
 
 
+def test_a_row_is_rounded_as_if_it_were_alone() -> None:
+    """Paths stack other layers' rows together, and must get the same weights."""
+    torch.manual_seed(4)
+    kept = torch.randint(0, 16, (512, 2 * GROUP)).float() * 0.25 - 2
+    kept[:, 0::GROUP], kept[:, 1::GROUP] = -2, 1.75
+    odd = torch.randn(2, 2 * GROUP)
+    both = quantise(torch.cat([kept, odd]), "int4").dequantise()
+    assert torch.equal(both, torch.cat([quantise(x, "int4").dequantise() for x in (kept, odd)]))
+
+
 def test_zeros_stay_zeros() -> None:
     for quant in ("int8", "int4"):
         assert not quantise(torch.zeros(3, GROUP), quant).dequantise().any()
@@ -114,6 +124,19 @@ def test_products_are_those_of_the_rounded_numbers(quant: str, rows: int) -> Non
     weight = quantise(head.weight.detach(), quant).dequantise()
     expected = rounded_inputs(hidden).double() @ weight.double().T + head.bias.detach()
     assert (found - expected).abs().max() <= 2e-6 * expected.abs().max()
+
+
+@needs_compiler
+@BOTH
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_none(quant: str, bad: float) -> None:
+    target = choose(random_model("llama"), quant=quant)
+    for place in (0, 15, 16, 31, 63):
+        hidden = torch.randn(3, 64)
+        hidden[1, place] = bad
+        logits = target.unembed(hidden)
+        assert not logits[1].isfinite().any()
+        assert logits[[0, 2]].isfinite().all()
 
 
 def unembed_with(target: FusedTarget, packed, hidden: torch.Tensor) -> torch.Tensor:
