@@ -158,6 +158,27 @@ def test_where_rows_are_dear_nothing_is_verified_and_soon_nothing_drafted() -> N
     assert sum(calls) > 100
 
 
+@pytest.mark.parametrize("rule", ["coupled", "rejection"])
+def test_no_more_is_drafted_than_may_be_taken_unless_that_would_tell_of_outcomes(rule: str) -> None:
+    """Rows beyond two are dear, so that of a longer proposal at most one node is taken."""
+    asked = []
+
+    class Counted(ModelDrafter):
+        def propose(self, contexts: list[DraftContext]) -> list[Proposal]:
+            asked.extend(context.budget for context in contexts)
+            return super().propose(contexts)
+
+    def cliff(rows: int, context: int) -> float:
+        return 1.0 if rows <= 2 else 10.0 * rows
+
+    draft = Counted(toy_pair()[1], vocab_size=VOCAB)
+    own = engine(draft, target("toy"), step_seconds=cliff)
+    params = SamplingParams(max_tokens=60, temperature=1.0, seed=2, rule=rule, ignore_eos=True)
+    own.generate([[5, 6]], params)
+    assert asked[0] == asked[3] == max(asked) > 4
+    assert set(asked[10:]) == ({4} if rule == "coupled" else {asked[0]})
+
+
 def test_drafting_resumes_as_soon_as_a_first_node_pays_again() -> None:
     price = [dear]
     draft = drafter("model", "toy")

@@ -215,12 +215,14 @@ def test_a_record_is_kept_per_setting(tmp_path: Path, monkeypatch: pytest.Monkey
     pretend(monkeypatch, fused=1.0, plain=2.0)
     before = torch.get_num_threads()
     try:
-        for threads, dtype in ((1, None), (2, None), (1, torch.bfloat16)):
+        settings = ((1, None, "none"), (2, None, "none"), (1, torch.bfloat16, "none"))
+        for threads, dtype, quant in (*settings, (1, None, "int8"), (1, None, "int4")):
             torch.set_num_threads(threads)
-            choose(random_model("llama", dtype), "auto", probe_folder=tmp_path, exact=False)
+            options = {"probe_folder": tmp_path, "exact": False, "quant": quant}
+            choose(random_model("llama", dtype), "auto", **options)
     finally:
         torch.set_num_threads(before)
     records = [read_probe(tmp_path, path.stem) for path in tmp_path.glob("*.json")]
     paths = [record for record in records if record and "path" in record]
-    assert len(paths) == 3
+    assert len(paths) == 5
     assert all(json.dumps(record["seconds"]) for record in paths)

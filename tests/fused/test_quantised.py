@@ -229,6 +229,15 @@ def test_sizes_that_are_no_whole_blocks_take_the_plain_path() -> None:
     assert target.info.quant == "int8"
 
 
+def test_exact_mode_is_found_out_for_each_by_itself(tmp_path: Path) -> None:
+    folder, probes = tmp_path / "model", tmp_path / "probes"
+    random_model("llama").save_pretrained(folder)
+    for quant in ("none", "int8", "int4"):
+        options = LoadOptions(name="x", path="plain", quant=quant, probe_folder=probes)
+        assert load_target(folder, options).target.info.quant == quant
+    assert len(list(probes.iterdir())) == 3
+
+
 def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "deepseek_v4"}', encoding="utf-8")
     with pytest.raises(ConfigError, match="quant is 'int3', but must be one of none, int8, int4"):

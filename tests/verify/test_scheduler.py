@@ -312,3 +312,7 @@ def test_the_bar_of_the_other_schedules() -> None:
     assert bar("early-stop") == pytest.approx(1.0)  # the first alone
     assert 0.3 - 1e-9 < bar("threshold:0.3") < 0.3
     assert bar("fixed:2") == bar("off") == bar("auto", Load(1.0, None)) == 0.0
+    asked = replace(APPENDIX, asking=0.1)  # a tenth of a second, for a round of so many a second
+    more = 0.1 * float(APPENDIX.rates(0)[0])
+    assert bar("early-stop", asked) == pytest.approx(1.0 + more)
+    assert bar("auto", asked) == pytest.approx((1 / 0.45 - 1 + more) / 2)
