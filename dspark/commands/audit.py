@@ -148,10 +148,10 @@ def _run(
 ) -> AuditReport:
     from dspark.eval.audit import audit as run_audit
 
-    exactness = engine.target.exactness
+    info, exactness = engine.target.info, engine.target.exactness
     ui.print_note(
         console,
-        f"target {engine.target.info.name} ({engine.target.info.dtype}), draft "
+        f"target {info.name} ({ui.precision(info.dtype, info.quant)}), draft "
         f"{engine.drafter.name}; exact mode {exactness.reason}",
     )
     with _progress(console) as show:

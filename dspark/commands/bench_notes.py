@@ -26,9 +26,10 @@ def introduce(console: Console, header: Mapping[str, Any], bench: Bench) -> None
     target, sampling, prompts = header["target"], header["sampling"][0], header["prompts"][0]
     exact = "on" if header["exact"]["enabled"] else "off"
     threads = _count(header["threads"], "thread")
+    dtype = ui.precision(target["dtype"], target.get("quant", "none"))
     ui.print_note(
         console,
-        f"{target['id']}, {target['dtype']}, {header['device']}, {threads}, exact mode {exact}",
+        f"{target['id']}, {dtype}, {header['device']}, {threads}, exact mode {exact}",
     )
     length = "up to" if not sampling["ignore_eos"] else "end tokens ignored:"
     temperature = sampling["temperature"]

@@ -36,6 +36,7 @@ __all__ = [
     "ThinkOption",
     "ThreadsOption",
     "loading",
+    "precision",
     "print_error",
     "print_note",
     "print_stats",
@@ -235,6 +236,11 @@ def _step_costs(console: Console) -> StepCosts:
     return partial(kept_or_quick, note=partial(print_note, console))
 
 
+def precision(dtype: str, quant: str = "none") -> str:
+    """A target's dtype, and what its weights were rounded to if they were."""
+    return dtype if quant == "none" else f"{dtype}, {quant} weights"
+
+
 def read_text(path: str) -> str:
     """Read a prompt from a file, or from standard input if the path is "-".
 
@@ -311,7 +317,7 @@ def _summary(engine: Engine, stats: Sequence[RequestStats]) -> list[str]:
     }
     lines.append("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in parts.items()))
     info, exactness = engine.target.info, engine.target.exactness
-    dtype = info.dtype if info.quant == "none" else f"{info.dtype}, {info.quant} weights"
+    dtype = precision(info.dtype, info.quant)
     lines.append(
         f"target {info.name} ({info.family}, {dtype}, {info.device}), draft {engine.drafter.name}"
     )

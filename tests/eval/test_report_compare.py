@@ -65,6 +65,7 @@ def cell_with(*, sha256: str | None = None, **sampling: Any) -> dict[str, Any]:
         (evaluated(device="cuda"), "device (cpu and cuda)"),
         (evaluated(threads=8), "threads (2 and 8)"),
         (evaluated(target={"dtype": "bfloat16"}), "dtype (float32 and bfloat16)"),
+        (evaluated(target={"quant": "int8"}), "quant (none and int8)"),
         (evaluated(exact={**EXACT, "enabled": False}), "exact.enabled (yes and no)"),
         (evaluated(target={"fingerprint": "cd" * 32}), "target (5f5f5f5f5f5f and cdcdcdcdcdcd)"),
         (evaluated(template="raw"), "template (chat and raw)"),

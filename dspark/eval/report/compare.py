@@ -136,6 +136,7 @@ def _header_settings(file: ResultFile[Any]) -> dict[str, Any]:
         **{name: header.get(name) for name in _MACHINE},
         "target": _identify(header["target"]),
         "dtype": header["target"].get("dtype"),
+        "quant": header["target"].get("quant", "none"),
         **{f"exact.{name}": (header.get("exact") or {}).get(name) for name in _EXACT},
         **{name: header.get(name) for name in _ASKED},
     }
@@ -267,6 +268,7 @@ def _facts_of_run(file: ResultFile[Any]) -> dict[str, Any]:
         "threads": header.get("threads"),
         "target": _identify(target),
         "dtype": target.get("dtype"),
+        "quant": target.get("quant", "none"),
         "family": target.get("family"),
         "vocab_size": target.get("vocab_size"),
         "exact.enabled": (header.get("exact") or {}).get("enabled"),

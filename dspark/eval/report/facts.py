@@ -125,6 +125,8 @@ def _workload_facts(header: Header) -> Iterator[tuple[str, str]]:
 
 def _model(model: Model) -> str:
     parts = [model.family, model.dtype]
+    if model.quant != "none":
+        parts.append(f"{model.quant} weights")
     if model.num_layers is not None:
         parts.append(f"{model.num_layers} layers")
     if model.revision:

@@ -42,6 +42,7 @@ class Model(Part):
     fingerprint: str | None = None
     family: str | None = None
     dtype: str | None = None
+    quant: str = "none"
     vocab_size: int | None = None
     num_layers: int | None = None
 
