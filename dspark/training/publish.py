@@ -69,6 +69,8 @@ def _card(setup: Setup, training: Mapping[str, Any], figures: Figures | None) ->
     terms.append(f"{loss.l1} L1")
     if draft.has_confidence:
         terms.append(f"{loss.confidence} confidence")
+    quant = setup.target.info.quant
+    rounded = "" if quant == "none" else f", rounded to {quant} while it was learnt from"
     lines = [
         f"# A draft for {name}: {draft.title}",
         "",
@@ -79,7 +81,7 @@ def _card(setup: Setup, training: Mapping[str, Any], figures: Figures | None) ->
         "",
         "| | |",
         "|---|---|",
-        f"| target | {name}, fingerprint {str(setup.described.get('fingerprint'))[:16]} |",
+        f"| target | {name}, fingerprint {str(setup.described.get('fingerprint'))[:16]}{rounded} |",
         *(f"| {key} | {value} |" for key, value in draft.settings()),
         f"| trained on | {training['samples']} answers of the target, "
         f"{training['response_tokens']} tokens |",

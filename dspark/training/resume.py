@@ -23,6 +23,7 @@ _FREE = (
 _NOTED = (
     "run.epochs",
     "run.steps",
+    "run.target_quant",
     "schedule.kind",
     "schedule.warmup",
     "schedule.fall",

@@ -13,6 +13,7 @@ from typing import Any
 from dspark.draft.dspark_config import HEAD_TYPES
 from dspark.draft.formats.native import STORAGES
 from dspark.errors import ConfigError
+from dspark.registry import QUANTS
 
 __all__ = [
     "KINDS",
@@ -328,6 +329,9 @@ class RunSection:
         dtype: "auto" is bfloat16 (autocast over float32 weights) where it is computed natively,
             else float32.
         target_dtype: The same for the target.
+        target_quant: What the target's weights are rounded to: "none", "int8" or "int4". Its
+            forward is faster then where there are kernels for it, and the draft learns from
+            what the rounded target says.
         seed: All randomness is derived from it.
         checkpoint_every: Steps between checkpoints.
         validate_every: Steps between validations, 0 for none but the last.
@@ -344,6 +348,7 @@ class RunSection:
     anchors: float = 0.25
     dtype: str = "auto"
     target_dtype: str = "auto"
+    target_quant: str = "none"
     seed: int = 0
     checkpoint_every: int = 100
     validate_every: int = 100
@@ -371,3 +376,4 @@ class RunSection:
         _check(is_share or is_count, "run.anchors", self.anchors, allowed)
         _one_of("run.dtype", self.dtype, DTYPES)
         _one_of("run.target_dtype", self.target_dtype, DTYPES)
+        _one_of("run.target_quant", self.target_quant, QUANTS)

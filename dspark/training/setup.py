@@ -14,6 +14,7 @@ from torch import nn
 from dspark.devices import pick_dtype
 from dspark.draft.formats.fields import read_config
 from dspark.errors import CapabilityError
+from dspark.models.store import cache_root
 from dspark.registry import LoadOptions, load_target
 from dspark.target import SharesHeadRows, Target
 from dspark.training.build import build_module, draft_config
@@ -122,7 +123,10 @@ def prepare(recipe: Recipe, *, device: str = "auto", world: World = ALONE) -> Se
         dtype=run.target_dtype,
         device=device,
         exact=False,
-        has_many_rows=True,
+        # The kernels for rounded weights keep their lead with hundreds of rows; the others do not.
+        has_many_rows=run.target_quant == "none",
+        probe_folder=cache_root() / "probes",
+        quant=run.target_quant,
     )
     target = load_target(folder, options).target
     draft, samples = _draft_and_samples(recipe, target, folder)
@@ -211,6 +215,8 @@ def _feature_source(
         "layers": list(layer_ids),
         "temperature": temperature,
     }
+    if target.info.quant != "none":  # caches from before there was a choice stay good
+        about["quant"] = target.info.quant
     return FeatureSource(runner, FeatureCache(folder, about, world=world))
 
 

@@ -7,15 +7,20 @@ import json
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from dspark.adapters.quantise import quantise_modules
 from dspark.errors import CheckpointError
 from dspark.target import SharesHeadRows
 from dspark.training.feature_cache import FeatureCache
 from dspark.training.features import TargetRunner
+from dspark.training.progress import SilentReporter
 from dspark.training.samples import Sample
-from dspark.training.setup import FeatureSource
+from dspark.training.setup import FeatureSource, prepare
+from dspark.training.trainer import Trainer
 from dspark.training.world import World
 from tests.conftest import FAMILIES, VOCAB, random_model, random_target
+from tests.training.runs import make_run, train
 
 LAYERS = (-1, 1, 2)
 
@@ -143,3 +148,46 @@ def test_processes_of_one_run_read_each_other_s_parts(tmp_path):
     found = other[0].get(samples())
     assert other[1].seen == [[9]]
     assert torch.equal(found[1].hidden, made[1].hidden)
+
+
+# -- a rounded target -------------------------------------------------------------------------
+
+
+def test_a_run_learns_from_the_rounded_target(tmp_path):
+    """Its features are those of the weights as they are rounded, and are kept apart."""
+    found = {}
+    for quant in ("none", "int8"):
+        recipe = make_run(tmp_path, run_cache=str(tmp_path / "cache"), run_target_quant=quant)
+        setup = prepare(recipe, device="cpu")
+        assert setup.target.info.quant == quant
+        found[quant] = setup.source.get(setup.samples.train[:2])
+        setup.source.flush()
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
+    quantise_modules(model, "int8")
+    sample = setup.samples.train[0]
+    with torch.no_grad():
+        tokens = torch.from_numpy(sample.tokens)[None]
+        logits = model(tokens, use_cache=False).logits[0, sample.start : -1]
+    wanted = torch.logsumexp(logits, dim=-1)
+    off = {quant: float((own[0].total - wanted).abs().mean()) for quant, own in found.items()}
+    assert off["int8"] < 1e-3  # kept features are bfloat16
+    assert off["none"] > 3 * off["int8"], off
+
+
+class Notes(SilentReporter):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_going_on_with_another_rounding_is_said(tmp_path):
+    train(tmp_path, stop_after=2)
+    setup = prepare(make_run(tmp_path, run_target_quant="int8"), device="cpu")
+    notes = Notes()
+    outcome = Trainer(setup, tmp_path / "out", reporter=notes).run(lambda: None)
+    assert outcome.step == 6
+    assert any("run.target_quant was 'none' and is 'int8'" in note for note in notes.said)
+    assert "rounded to int8" in (tmp_path / "out" / "best" / "README.md").read_text()
