@@ -166,19 +166,21 @@ class Detokenizer:
         self._start = 0  # window of tokens that the next piece is decoded with
         self._done = 0  # tokens whose text was given out
         self._ends: deque[int] = deque()  # earlier values of _done: no character is cut there
+        self._before = ""  # text of the window's tokens up to _done
         self.text = ""
 
     def push(self, tokens: Sequence[int]) -> str:
         """Add tokens; return the text that is now certain."""
         self._tokens.extend(tokens)
-        before = self._codec.decode(self._tokens[self._start : self._done])
         after = self._codec.decode(self._tokens[self._start :])
-        if after.endswith("\ufffd") or len(after) < len(before):
+        if after.endswith("\ufffd") or len(after) < len(self._before):
             return ""
-        piece = after[len(before) :]
+        piece = after[len(self._before) :]
         self._ends.append(self._done)
         self._done = len(self._tokens)
-        self._move_window()
+        self._before = after
+        if self._done - self._start > 2 * self._WINDOW:  # seldom: every move decodes once more
+            self._move_window()
         self.text += piece
         return piece
 
@@ -186,14 +188,17 @@ class Detokenizer:
         """Begin the window where no character is cut, with text in it that decides about spaces."""
         while self._ends and self._ends[0] <= self._done - self._WINDOW:
             start = self._ends.popleft()
-            if self._codec.decode(self._tokens[start : self._done]):
-                self._start = start
+            if self._ends and self._ends[0] <= self._done - self._WINDOW:
+                continue  # a later one will do
+            text = self._codec.decode(self._tokens[start : self._done])
+            if text:
+                self._start, self._before = start, text
 
     def finish(self) -> str:
         """Return what was held back; an unfinished character becomes U+FFFD."""
-        before = self._codec.decode(self._tokens[self._start : self._done])
         after = self._codec.decode(self._tokens[self._start :])
-        piece = after[len(before) :]
+        piece = after[len(self._before) :]
+        self._before = after
         self._done = len(self._tokens)
         self.text += piece
         return piece

@@ -35,7 +35,15 @@ from dspark.errors import CapabilityError, ConfigError, ShapeError
 from dspark.request import SamplingParams
 from dspark.tree import BoolArray
 
-__all__ = ["History", "check_finite", "has_history", "law_of_row", "laws", "shape_logits"]
+__all__ = [
+    "History",
+    "check_finite",
+    "has_history",
+    "law_of_row",
+    "laws",
+    "likeliest",
+    "shape_logits",
+]
 
 FloatArray = NDArray[np.float64]
 HalfArray = NDArray[np.float32]
@@ -163,6 +171,15 @@ def check_finite(logits: Tensor) -> None:
                 f"the largest logit of row {r} is {top}, but must be finite.",
                 hint="the model's weights or activations overflow; try float32",
             )
+
+
+def likeliest(shaped: Tensor) -> list[int]:
+    """The token with the largest logit of every row of [R, V]: the lowest id among ties."""
+    if shaped.device.type == "cpu" and shaped.dtype is torch.float32:
+        # torch's own takes twenty times as long on a CPU (measured for 6 rows of 49,152).
+        best: list[int] = shaped.detach().numpy().argmax(axis=1).tolist()
+        return best
+    return [int(token) for token in shaped.argmax(dim=1).tolist()]
 
 
 def _edited_rows(

@@ -27,7 +27,14 @@ from dspark.tree import DraftTree, Proposal
 from dspark.verify.constraint import AllowedAfter
 from dspark.verify.noise import NoiseKey, Stream, perturbed_argmax, uniform
 from dspark.verify.rules import CLOSING, draw, walk_block, walk_rejection, walk_targets
-from dspark.verify.sampling import History, check_finite, has_history, law_of_row, shape_logits
+from dspark.verify.sampling import (
+    History,
+    check_finite,
+    has_history,
+    law_of_row,
+    likeliest,
+    shape_logits,
+)
 
 __all__ = ["Verdict", "VerifyJob", "verify"]
 
@@ -199,7 +206,7 @@ class _RowsOnDemand(Sequence[int]):
         job, shaped = self._job, self.shaped(row)
         stream = _stream_of(job)
         if stream is None:
-            return int(shaped.argmax(dim=1)[0])
+            return likeliest(shaped)[0]
         at = job.position + self._depths[row]
         return int(perturbed_argmax(shaped, [job.noise], [at], stream=stream)[0])
 
@@ -287,16 +294,14 @@ def _target_tokens(
     """Compute the target's token at each of the jobs' rows."""
     if len(rows) < shaped.shape[0]:
         shaped = shaped[torch.from_numpy(rows).to(shaped.device)]
-    tokens: list[int]
     if stream is None:
-        tokens = shaped.argmax(dim=1).tolist()  # the first maximum: lowest id among ties
-        return tokens
+        return likeliest(shaped)
     keys: list[NoiseKey] = []
     positions: list[int] = []
     for job in jobs:
         keys += [job.noise] * job.num_rows
         positions += [job.position, *(job.position + job.proposal.tree.depth).tolist()]
-    tokens = perturbed_argmax(shaped, keys, positions, stream=stream).tolist()
+    tokens: list[int] = perturbed_argmax(shaped, keys, positions, stream=stream).tolist()
     return tokens
 
 
