@@ -146,7 +146,8 @@ def build_drafter(spec: str, loaded: LoadedTarget, options: LoadOptions) -> Draf
         shipped = find_shipped(loaded.folder)
         if shipped is None:
             corpus = find_corpus(loaded.folder)
-            return _lookup(corpus, loaded, None if corpus is None else corpus.parent.name)
+            name = None if corpus is None else corpus.parent.name
+            return _lookup(corpus, loaded, options.path, name)
         spec = str(shipped)
     head, plus, rest = spec.partition("+")
     if plus and not Path(spec).expanduser().exists():  # a folder may have a + in its name
@@ -161,7 +162,7 @@ def build_drafter(spec: str, loaded: LoadedTarget, options: LoadOptions) -> Draf
         return CombinedDrafter(first, second)
     if spec == "lookup" or spec.startswith("lookup:"):
         path = spec.partition(":")[2]
-        return _lookup(Path(path).expanduser() if path else None, loaded)
+        return _lookup(Path(path).expanduser() if path else None, loaded, options.path)
     return _draft_from_folder(spec, loaded, options)
 
 
@@ -190,13 +191,14 @@ def find_corpus(folder: Path, *, shipped: Path = SHIPPED) -> Path | None:
     return None
 
 
-def _lookup(path: Path | None, loaded: LoadedTarget, name: str | None = None) -> Drafter:
-    """A lookup drafter, with a corpus if a path is given."""
+def _lookup(file: Path | None, loaded: LoadedTarget, path: str, name: str | None = None) -> Drafter:
+    """A lookup drafter on a path of `dspark.native.PATHS`, with a corpus if a file is given."""
     from dspark.draft.lookup import LookupDrafter
 
-    if path is None:
-        return LookupDrafter()
-    return LookupDrafter(corpus=_corpus(path, loaded), name=f"lookup:{name or path.name}")
+    if file is None:
+        return LookupDrafter(path=path)
+    name = f"lookup:{name or file.name}"
+    return LookupDrafter(corpus=_corpus(file, loaded), name=name, path=path)
 
 
 def _corpus(path: Path, loaded: LoadedTarget) -> Corpus:

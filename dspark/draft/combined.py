@@ -157,4 +157,5 @@ def _signed(proposal: Proposal, name: str) -> Proposal:
     """The proposal with its drafter's name on every node, unless it names several already."""
     if proposal.source or not proposal.tree.num_nodes:
         return proposal
-    return replace(proposal, source=(name,) * proposal.tree.num_nodes)
+    source = (name,) * proposal.tree.num_nodes
+    return Proposal(proposal.tree, proposal.laws, proposal.law_of, source)

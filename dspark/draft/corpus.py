@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from dspark.errors import ConfigError
 
-__all__ = ["MOST", "Corpus", "Place"]
+__all__ = ["MOST", "SAMPLE", "Corpus", "Place"]
 
 _BITS = 21  # of a token in a word: vocabularies of up to two million
 _PER_WORD = 3
@@ -33,9 +33,11 @@ _WORDS = 3
 MOST = _PER_WORD * _WORDS - 1
 """Tokens of a match at the most; one more is kept, which follows it."""
 
+SAMPLE = 1024
+"""Occurrences looked at to weigh what follows a string."""
+
 _MASK = (1 << _BITS) - 1
 _FEW = 64  # occurrences that are counted faster one by one
-_SAMPLE = 1024  # occurrences looked at to weigh what follows
 _MOST_FOLLOWERS = 64  # of such a sample
 _MAX_KEPT = 1 << 16  # ranges whose followers are remembered
 
@@ -54,6 +56,7 @@ class Corpus:
 
     Attributes:
         size: Tokens in all.
+        words: int64 [size] each, read only: the tokens from every place on, packed and in order.
 
     Raises:
         ConfigError: If a token id is negative or too large.
@@ -66,8 +69,10 @@ class Corpus:
                 bad = int(array.min()) if array.min() < 0 else int(array.max())
                 raise ConfigError(f"a corpus has token {bad}, but needs ids from 0 to {_MASK - 1}.")
         self.size = sum(len(array) for array in arrays)
-        self._words = _sorted_words(arrays)
-        self._views = [word.data for word in self._words]
+        self.words = _sorted_words(arrays)
+        for word in self.words:
+            word.flags.writeable = False
+        self._views = [word.data for word in self.words]
         self._root: Place = (0, self.size, 0, 0)
         self._followers: dict[tuple[int, int], tuple[tuple[int, int], ...]] = {}
 
@@ -124,12 +129,12 @@ class Corpus:
     def _count(self, first: int, end: int, length: int) -> tuple[tuple[int, int], ...]:
         word, part = divmod(length, _PER_WORD)
         shift = _BITS * (_PER_WORD - 1 - part)
-        step = -(-(end - first) // _SAMPLE)
+        step = -(-(end - first) // SAMPLE)
         if end - first <= _FEW:
             values = [(value >> shift) & _MASK for value in self._views[word][first:end]]
             pairs = Counter(values).most_common()
         else:
-            column = (self._words[word][first:end:step] >> shift) & _MASK
+            column = (self.words[word][first:end:step] >> shift) & _MASK
             # Sorted, so equal ones are together.
             ends = np.flatnonzero(np.append(column[1:] != column[:-1], True))
             sizes = np.diff(ends, prepend=-1)

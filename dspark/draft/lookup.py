@@ -7,7 +7,7 @@ endings. Where occurrences disagree the proposal branches.
 
 **What is kept per state, and why.** Occurrence counts and last positions are not free in an online
 automaton: a new occurrence of an ending is one of all its endings. They are updated along the
-suffix links of each new state, a handful in natural text; the walk stops after `_MAX_LINKS`, so
+suffix links of each new state, a handful in natural text; the walk stops after `MAX_LINKS`, so
 that a text of one repeated token stays linear, at the price of low counts of its short endings.
 Counts of a transition are then exact and cost nothing at drafting time, where a list of end
 positions or a hash of n-grams would have to be scanned, with a cap, in every round.
@@ -20,6 +20,10 @@ model (41 826 positions, greedy) candidates given .14, .51, .75 and .99 on avera
 .16, .52, .75 and .98 of the cases. The default least match of 2 comes from the same texts: the
 first candidate after a longest match of 1, 2, 3, 5, 8 tokens was right in .24, .54, .66, .79, .87
 of the cases (sampled at 0.8: .21, .46, .56, .69, .81), so from 2 on it pays for its row.
+
+**In C++.** Where a compiler is at hand `LookupDrafter` takes kernels (draft/native_lookup.py), all
+requests of a round in one call. What stands here is what they compute, and the path without them;
+tests/draft/test_native_lookup.py holds the two against each other, bit by bit.
 
 **Source:** Blumer et al. 1985 (suffix automaton); Saxena 2023 (prompt lookup decoding);
 SuffixDecoding, arXiv 2411.04975 (trees by count, shared corpus); SAM decoding, arXiv 2411.10666.
@@ -34,7 +38,9 @@ from heapq import nlargest
 import numpy as np
 
 from dspark.draft.base import DraftContext
-from dspark.draft.corpus import Corpus, Place
+from dspark.draft.corpus import MOST, Corpus, Place
+from dspark.draft.native_lookup import Limits, NativeLookup, Reader, choose_library
+from dspark.draft.suffix_automaton import MAX_LINKS, SuffixAutomaton
 from dspark.errors import ConfigError
 from dspark.request import Rule
 from dspark.tree import POINT_MASS, DraftTree, Proposal
@@ -42,109 +48,11 @@ from dspark.tree_build import Candidates, TreeGrower, best_first
 
 __all__ = ["LookupConfig", "LookupDrafter", "SuffixAutomaton"]
 
-_ROOT = 0
-_MAX_LINKS = 32
 _MAX_MATCHES = 8  # suffix links looked at for one node's candidates
 _MAX_FOLLOWERS = 16  # candidates of one match looked at
 _LEFTOVER = 0.02  # shorter matches are not looked at for less than this
 _DOUBT = 4.0
 _SHARED_DOUBT = 20.0  # of texts that are not the request's own
-_TAIL = 16  # tokens compared to see that a context still extends what was seen
-
-
-class SuffixAutomaton:
-    """Online suffix automaton with occurrence counts and latest positions.
-
-    State 0 is the root. Every state stands for a set of substrings that end at the same places.
-
-    Attributes:
-        size: Tokens seen.
-        last: State of the whole text.
-        next: Transitions of each state, {token: state}.
-        link: Suffix link of each state, -1 for the root.
-        length: Length of the longest substring of each state.
-        count: Occurrences of a state's substrings (low for short endings after long repetitions).
-        latest: Position of the last token of their latest occurrence.
-
-    **Source:** Blumer et al. 1985, The smallest automaton recognizing the subwords of a text.
-    """
-
-    __slots__ = ("count", "last", "latest", "length", "link", "next", "size")
-
-    def __init__(self, tokens: Iterable[int] = ()) -> None:
-        self.size = 0
-        self.last = _ROOT
-        self.next: list[dict[int, int]] = [{}]
-        self.link = [-1]
-        self.length = [0]
-        self.count = [0]
-        self.latest = [-1]
-        self.extend(tokens)
-
-    def extend(self, tokens: Iterable[int]) -> None:
-        """Append tokens; amortised constant time each."""
-        nexts, links, lengths = self.next, self.link, self.length
-        counts, latest = self.count, self.latest
-        for token in tokens:
-            state, new = self.last, len(nexts)
-            nexts.append({})
-            links.append(_ROOT)
-            lengths.append(lengths[state] + 1)
-            counts.append(0)
-            latest.append(-1)
-            while state >= 0 and token not in nexts[state]:
-                nexts[state][token] = new
-                state = links[state]
-            if state >= 0:
-                links[new] = self._split(state, token)
-            self.last = state = new
-            position, steps = self.size, _MAX_LINKS
-            while state > 0 and steps:
-                counts[state] += 1
-                latest[state] = position
-                state = links[state]
-                steps -= 1
-            self.size += 1
-
-    def _split(self, state: int, token: int) -> int:
-        """The state of exactly state's longest substring + token, cloned off if need be."""
-        follower = self.next[state][token]
-        if self.length[follower] == self.length[state] + 1:
-            return follower
-        clone = len(self.next)
-        self.next.append(self.next[follower].copy())
-        self.length.append(self.length[state] + 1)
-        self.count.append(self.count[follower])
-        self.latest.append(self.latest[follower])
-        self.link.append(self.link[follower])
-        self.link[follower] = clone
-        while state >= 0 and self.next[state].get(token) == follower:
-            self.next[state][token] = clone
-            state = self.link[state]
-        return clone
-
-    def repeated_suffix(self) -> tuple[int, int]:
-        """State and length of the longest suffix of the text that occurred before; (0, 0): none."""
-        state = max(self.link[self.last], _ROOT)
-        return state, self.length[state]
-
-    def step(self, state: int, length: int, token: int) -> tuple[int, int]:
-        """Lengthen a match by a token, or shorten it from the left until that works.
-
-        Args:
-            state: State of the text matched so far.
-            length: How many of its last tokens are matched.
-            token: The token that follows.
-
-        Returns:
-            State and length of the longest match that ends with `token`; (0, 0) if it is new.
-        """
-        while token not in self.next[state]:
-            state = self.link[state]
-            if state < 0:
-                return _ROOT, 0
-            length = self.length[state]
-        return self.next[state][token], length + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,27 +164,26 @@ class LookupConfig:
             raise ConfigError(f"min_survival is {self.min_survival}, but must be in [0, 1).")
 
 
-class _RequestState:
+class _RequestState(Reader):
     """A request's own automaton, and where its text's endings stand in the corpus."""
 
-    __slots__ = ("corpus", "own", "places", "tail")
+    __slots__ = ("corpus", "own", "places")
 
     def __init__(self, corpus: Corpus) -> None:
+        super().__init__()
         self.own = SuffixAutomaton()
         self.corpus = corpus
         self.places: tuple[Place, ...] = ()
-        self.tail: list[int] = []
 
-    def is_extended_by(self, tokens: Sequence[int]) -> bool:
-        """Compare the last tokens only: a wrong yes costs speed, never a wrong text."""
-        size = self.own.size
-        return len(tokens) >= size and list(tokens[size - len(self.tail) : size]) == self.tail
-
-    def follow(self, tokens: Sequence[int]) -> None:
-        """Take in what is new."""
-        self.own.extend(tokens[self.own.size :])
-        self.places = self.corpus.endings(tokens)
-        self.tail = list(tokens[-_TAIL:])
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Take in a text that extends what was seen."""
+        new = self.follow(tokens)
+        self.own.extend(new)
+        if len(new) >= MOST:
+            self.places = self.corpus.endings(new)
+        elif self.corpus.size:
+            for token in new:
+                self.places = self.corpus.follow(self.places, token)
 
 
 class LookupDrafter:
@@ -287,9 +194,12 @@ class LookupDrafter:
         corpus: Texts (token ids) that every request may continue from besides its own, for
             instance earlier answers of the target.
         name: What reports call it.
+        path: Whether to draft in C++ (`dspark.native.PATHS`): "auto" does where it can. What is
+            offered is the same.
 
     Raises:
-        ConfigError: If a token of the corpus is negative.
+        ConfigError: If a token of the corpus is negative, or the path is none of PATHS.
+        CapabilityError: If kernels were asked for and cannot be had.
     """
 
     def __init__(
@@ -298,11 +208,32 @@ class LookupDrafter:
         *,
         corpus: Corpus | Sequence[Sequence[int]] = (),
         name: str = "lookup",
+        path: str = "auto",
     ) -> None:
         self._config = config or LookupConfig()
         self._name = name
         self._states: dict[int, _RequestState] = {}
         self._corpus = corpus if isinstance(corpus, Corpus) else Corpus(corpus)
+        self._least = self._config.min_shared if self._corpus.size else self._config.min_match
+        library = choose_library(path)
+        self._native: NativeLookup | None = None
+        if library is not None:
+            limits = Limits(
+                links=MAX_LINKS,
+                matches=_MAX_MATCHES,
+                followers=_MAX_FOLLOWERS,
+                least=self._least,
+                leftover=_LEFTOVER,
+                doubt=_DOUBT,
+                shared_doubt=_SHARED_DOUBT,
+                min_survival=self._config.min_survival,
+            )
+            self._native = NativeLookup(library, limits, self._corpus)
+
+    @property
+    def texts_kept(self) -> int:
+        """Requests that it keeps a text of."""
+        return len(self._states) if self._native is None else self._native.texts_kept
 
     @property
     def name(self) -> str:
@@ -325,21 +256,39 @@ class LookupDrafter:
 
         Returns:
             One proposal each.
+
+        Raises:
+            ConfigError: If a budget or a depth is under 0, or a width under 1.
+            DataError: If a text holds what is no token id.
         """
-        return [self._propose(context) for context in contexts]
+        widths = [self._width(context) for context in contexts]
+        if self._native is not None:
+            return self._native.propose(contexts, widths)
+        return [self._propose(*pair) for pair in zip(contexts, widths, strict=True)]
 
     def release(self, request_id: int) -> None:
         """Forget a request; unknown ids are ignored."""
         self._states.pop(request_id, None)
+        if self._native is not None:
+            self._native.release(request_id)
 
-    def _propose(self, context: DraftContext) -> Proposal:
+    def _width(self, context: DraftContext) -> int:
+        """Children per node at the most."""
+        width = context.width
+        if width is None:
+            width = self._config.width
+        if width < 1 or context.budget < 0 or context.depth < 0:
+            raise ConfigError(
+                f"a draft of budget {context.budget}, depth {context.depth} and width {width} was "
+                "asked for, but they must be >= 0, >= 0 and >= 1."
+            )
+        return 1 if context.rule is Rule.BLOCK else width
+
+    def _propose(self, context: DraftContext, width: int) -> Proposal:
         state = self._states.get(context.request_id)
         if state is None or not state.is_extended_by(context.tokens):
             state = self._states[context.request_id] = _RequestState(self._corpus)
-        state.follow(context.tokens)
-        width = self._config.width if context.width is None else context.width
-        if context.rule is Rule.BLOCK:
-            width = 1
+        state.extend(context.tokens)
         tree = self._grow(state, context, width)
         law_of = np.full(
             tree.num_nodes if context.rule.draws_from_laws else 0, POINT_MASS, dtype=np.int64
@@ -349,7 +298,7 @@ class LookupDrafter:
     def _grow(self, state: _RequestState, context: DraftContext, width: int) -> DraftTree:
         own, corpus, config = state.own, state.corpus, self._config
         at = {-1: (own.repeated_suffix(), state.places)}
-        least = config.min_shared if corpus.size else config.min_match
+        least = self._least
         longest_shared = state.places[0][2] if state.places else 0
         if max(at[-1][0][1], longest_shared) < least:
             return DraftTree.empty()

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dspark.errors import CheckpointError
+from dspark.folders import cache_root
 
 __all__ = [
     "MARKER",
@@ -40,16 +41,6 @@ _BUILD_PREFIX = ".build"
 _DAY = 86_400  # seconds after which another host's work in progress counts as abandoned
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
-
-
-def cache_root(cache: str | Path | None = None) -> Path:
-    """Return the cache folder: `cache` if given, else $XDG_CACHE_HOME/dspark or ~/.cache/dspark."""
-    if cache is not None:
-        return Path(cache).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG rules say that a relative path is to be ignored.
-    root = Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache"
-    return root / "dspark"
 
 
 def models_folder(cache: str | Path | None = None) -> Path:
