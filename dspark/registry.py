@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from dspark.errors import CapabilityError, CheckpointError, ConfigError
+from dspark.installed import entry_points
 
 if TYPE_CHECKING:
     from dspark.target import Target

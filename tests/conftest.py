@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
+import importlib
 import os
 import random
 import secrets
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
+from hypothesis import strategies as st
 
 # torch and transformers are imported where they are used: pytest loads this file in the process
 # that only hands tests out, too, and the others wait for it.
@@ -30,7 +33,7 @@ _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
     "intermediate_size": 128,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 2048,
@@ -38,7 +41,7 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-_GEMMA4_LAYERS = ["sliding_attention", "full_attention"] * 3
+_GEMMA4_LAYERS = ["sliding_attention", "full_attention"] * 2
 
 
 def _config(kind: str, **values: Any) -> Any:
@@ -47,7 +50,7 @@ def _config(kind: str, **values: Any) -> Any:
     return getattr(transformers, f"{kind}Config")(**{**_COMMON, **values})
 
 
-FAMILIES: dict[str, Callable[[], Any]] = {
+FAMILIES: dict[str, Callable[..., Any]] = {
     "llama": partial(_config, "Llama"),
     "mistral": partial(_config, "Mistral", sliding_window=20),
     "phi3": partial(_config, "Phi3"),
@@ -64,11 +67,13 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         moe_intermediate_size=32,
     ),
     "gemma2": partial(_config, "Gemma2", head_dim=16, sliding_window=20),
-    "gemma3": partial(_config, "Gemma3Text", head_dim=32, sliding_window=20),
+    "gemma3": partial(
+        _config, "Gemma3Text", head_dim=32, sliding_window=20, sliding_window_pattern=2
+    ),
     "gemma4": partial(
         _config,
         "Gemma4Text",
-        num_hidden_layers=6,
+        num_hidden_layers=4,
         head_dim=16,
         global_head_dim=32,
         sliding_window=20,
@@ -84,9 +89,20 @@ _SEEDS = random.Random(0)
 
 # "fixed" tries the same examples at every run, so that a change is what makes a test fail; "random"
 # looks for new ones: HYPOTHESIS_PROFILE=random.
-settings.register_profile("fixed", max_examples=40, deadline=None, derandomize=True)
+_FIXED = "fixed"
+settings.register_profile(_FIXED, max_examples=25, deadline=None, derandomize=True)
 settings.register_profile("random", max_examples=300, deadline=None, print_blob=True)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+_PROFILE = os.environ.get("HYPOTHESIS_PROFILE", _FIXED)
+settings.load_profile(_PROFILE)
+
+
+def examples(fixed: int, random: int) -> settings:
+    """Settings of a property that is dear: so many examples in either profile."""
+    return settings(max_examples=fixed if _PROFILE == _FIXED else random, deadline=None)
+
+
+# Any character but half a pair. `st.characters` first makes a table of all of Unicode, for seconds.
+CHARACTERS = st.integers(0, 0x10FFFF - 0x800).map(lambda n: chr(n if n < 0xD800 else n + 0x800))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -102,11 +118,14 @@ def _one_thread() -> None:
 def _measure_briefly() -> None:
     """Let loading spend little on what a step costs, which decides about speed alone.
 
-    It takes two seconds for every target that is new to it, most of the time of many a test.
+    It takes two seconds for every target that is new to it, most of the time of many a test; what
+    exact mode costs a step takes half of its check.
     """
+    from dspark import exactness
     from dspark.eval import profile_auto
 
     profile_auto.quick_profile = functools.partial(profile_auto.quick_profile, seconds=0.05)
+    exactness.measure_cost = functools.partial(exactness.measure_cost, repeats=4)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -133,6 +152,22 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[_PROBES] = folder.name  # of which the processes that xdist starts have a copy
         config.add_cleanup(folder.cleanup)
         config.add_cleanup(lambda: os.environ.pop(_PROBES))
+
+
+def pytest_sessionstart() -> None:
+    """Every other process imports the test files from the last to the first.
+
+    In a new checkout most of the time before the first test goes to compiling them, and what one
+    process has compiled the others only read.
+    """
+    number = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
+    if not int(number) % 2:
+        return
+    root = Path(__file__).parents[1]
+    for path in sorted(root.glob("tests/**/test_*.py"), reverse=True):
+        # Collection meets the same error, and says it.
+        with contextlib.suppress(Exception, pytest.skip.Exception):
+            importlib.import_module(".".join(path.relative_to(root).with_suffix("").parts))
 
 
 def pytest_collection_finish() -> None:
@@ -177,12 +212,15 @@ def random_model(
     Args:
         family: One of FAMILIES.
         dtype: Of the weights, None for float32.
-        layers: Keep so many of its layers, None for all.
+        layers: Keep so many of its layers, None for all. Where layers are alike it
+            may also have more.
     """
     import torch
     import transformers
 
     config = FAMILIES[family]()
+    if layers is not None and layers > config.num_hidden_layers:
+        config = FAMILIES[family](num_hidden_layers=layers)
     torch.manual_seed(7)
     model = transformers.AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():

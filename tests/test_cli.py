@@ -46,7 +46,7 @@ Run = Callable[..., Ran]
 
 
 def save_model(
-    folder: Path, *, template: str | None = None, positions: int = 2048, layers: int = 2
+    folder: Path, *, template: str | None = None, positions: int = 2048, layers: int = 1
 ) -> Path:
     """The tiny llama without an end token, and a tokenizer of one token per character."""
     model = random_model("llama", layers=layers)

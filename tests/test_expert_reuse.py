@@ -69,7 +69,7 @@ class Routed(ToyTarget):
 
 def test_the_engine_counts_what_rows_choose_and_what_they_wake() -> None:
     """Four layers, two of eight experts a row; the prompt's rows are not counted."""
-    target = random_target("qwen3_moe", exact=False)
+    target = random_target("qwen3_moe", exact=False, layers=4)
     engine = Engine(target, drafter=LookupDrafter(), config=EngineConfig(schedule="off"))
     prompt = [5, 6, 7, 8] * 5
     (result,) = engine.generate([prompt], SamplingParams(max_tokens=30, ignore_eos=True))

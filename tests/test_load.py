@@ -84,7 +84,9 @@ def plain(sampling: str) -> list[list[int]]:
         ("none", "greedy"),
         ("lookup", "coupled"),
         ("model", "match"),
-        *(("combined", sampling) for sampling in SAMPLING),
+        ("combined", "coupled"),
+        pytest.param("combined", "greedy", marks=pytest.mark.slow),
+        pytest.param("combined", "match", marks=pytest.mark.slow),
     ],
 )
 def test_a_preempted_requests_text_is_that_of_an_undisturbed_one(kind: str, sampling: str) -> None:

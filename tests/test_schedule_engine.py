@@ -77,7 +77,10 @@ def plain(name: str, sampling: str) -> list[list[int]]:
 
 
 CASES = [
-    *(("toy", kind, sampling) for kind in ("model", "combined") for sampling in PARAMS),
+    *(("toy", "model", sampling) for sampling in PARAMS),
+    pytest.param("toy", "combined", "greedy", marks=pytest.mark.slow),  # as with the other two
+    ("toy", "combined", "coupled"),
+    ("toy", "combined", "match"),
     ("toy", "lookup", "match"),
     ("llama", "model", "greedy"),
 ]

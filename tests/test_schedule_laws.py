@@ -218,7 +218,7 @@ def test_rules_may_be_mixed_in_a_round() -> None:
     alone = [r.token_ids for r in dspark.Engine(TARGET).generate([[2, 1]] * 3, others)]
     own = engine(Confident(2), "auto", line(16), 16)
     texts = []
-    for start in range(0, 520, 13):
+    for start in range(0, 364, 13):
         drawn = [replace(PARAMS, seed=seed) for seed in range(start, start + 13)]
         results = own.generate([[2, 1]] * 16, [*drawn, *others])
         texts += [result.token_ids for result in results[:13]]

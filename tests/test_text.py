@@ -16,6 +16,7 @@ from tokenizers import decoders, pre_tokenizers
 from dspark.errors import CapabilityError, CheckpointError, DataError
 from dspark.output import OutputText
 from dspark.text import Detokenizer, TextCodec, load_codec
+from tests.conftest import CHARACTERS
 
 _TRAINING = [
     "the cat sat on the mat, the end. ",
@@ -27,7 +28,7 @@ TEXTS = st.text(
     st.one_of(
         st.sampled_from("the cat., \n\t"),
         st.sampled_from("éïüß—日本語€🙂👩\u200d\u0301\ufffd"),
-        st.characters(exclude_categories=["Cs"]),
+        CHARACTERS,
     ),
     max_size=40,
 )

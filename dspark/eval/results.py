@@ -129,7 +129,7 @@ def program_facts() -> dict[str, Any]:
         "dspark": dspark.__version__,
         "code": code_fingerprint(),
         **_commit(),
-        "libraries": _libraries(),
+        "libraries": dict(_libraries()),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
@@ -266,6 +266,7 @@ def _commit() -> dict[str, Any]:
     return {"commit": _git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
 
 
+@cache
 def _libraries() -> dict[str, str]:
     found = {}
     for name in _LIBRARIES:
@@ -274,6 +275,7 @@ def _libraries() -> dict[str, str]:
     return found
 
 
+@cache
 def _processor() -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

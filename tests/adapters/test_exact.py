@@ -19,7 +19,7 @@ from tests.conftest import random_model, random_target
 
 
 def fresh_target(family: str = "llama") -> HFTarget:
-    model = random_model(family)
+    model = random_model(family, layers=2)
     options = LoadOptions(name="fresh", exact=True)
     return wrap_model(model, adapter_for(model.config.model_type), options)
 
@@ -182,15 +182,15 @@ def test_a_finding_is_kept_and_used_again(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(exactness, "check_trees", lambda target: calls.append(1) or check(target))
     adapter = adapter_for("llama")
     options = LoadOptions(name="kept", probe_folder=tmp_path)
-    first = wrap_model(random_model("llama"), adapter, options, fingerprint="a").exactness
-    again = wrap_model(random_model("llama"), adapter, options, fingerprint="a").exactness
+    first = wrap_model(random_model("llama", layers=1), adapter, options, fingerprint="a").exactness
+    again = wrap_model(random_model("llama", layers=1), adapter, options, fingerprint="a").exactness
     assert (len(calls), again) == (1, first)
     (record,) = tmp_path.glob("*.json")
     assert json.loads(record.read_text())["holds"] is True
-    wrap_model(random_model("llama"), adapter, options, fingerprint="other weights")
+    wrap_model(random_model("llama", layers=1), adapter, options, fingerprint="other weights")
     assert len(calls) == 2
     record.write_text("{ damaged")
-    wrap_model(random_model("llama"), adapter, options, fingerprint="a")
+    wrap_model(random_model("llama", layers=1), adapter, options, fingerprint="a")
     assert len(calls) == 3
 
 

@@ -131,10 +131,10 @@ def test_captured_hidden_states_are_the_stock_ones(family: str) -> None:
     slot, _ = cache.open(ids)
     cache.reserve(slot, len(ids))
     batch = TokenBatch.build([BatchPart.chain(slot, ids, 0, want_last=True)])
-    hidden = target.forward(batch, cache, capture=(-1, 0, 2)).hidden
+    hidden = target.forward(batch, cache, capture=(-1, 0, 1)).hidden
     with torch.no_grad():
         expected = stock(family)(torch.tensor([ids]), output_hidden_states=True).hidden_states
-    for layer in (-1, 0, 2):
+    for layer in (-1, 0, 1):
         torch.testing.assert_close(hidden[layer], expected[layer + 1][0], atol=1e-4, rtol=1e-4)
 
 
@@ -144,7 +144,7 @@ def test_a_layer_that_does_not_exist_cannot_be_captured() -> None:
     slot, _ = cache.open([5])
     cache.reserve(slot, 1)
     batch = TokenBatch.build([BatchPart.chain(slot, [5], 0, want_last=True)])
-    with pytest.raises(CapabilityError, match=r"layer 5 cannot be captured.*-1 .* to 3, and 4"):
+    with pytest.raises(CapabilityError, match=r"layer 5 cannot be captured.*-1 .* to 2, and 3"):
         target.forward(batch, cache, capture=(5,))
 
 

@@ -27,6 +27,7 @@ from dspark.base_model.chat_prose import (
     read_prose,
 )
 from dspark.errors import CapabilityError, CheckpointError, ConfigError, DataError
+from tests.conftest import CHARACTERS
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 VECTORS = SHARED / "data" / "deepseek-v4-encoding"
@@ -482,7 +483,7 @@ def test_the_end_may_be_missing_after_calls_only() -> None:
 
 
 TEXTS = st.text(
-    st.one_of(st.sampled_from('ab"<>/=\\\n {}｜'), st.characters(exclude_categories=["Cs"])),
+    st.one_of(st.sampled_from('ab"<>/=\\\n {}｜'), CHARACTERS),
     max_size=20,
 ).filter(lambda text: not any(token in text for token in SPECIAL))  # hypothesis knows "<think>"
 NAMES = TEXTS.filter(lambda text: '"' not in text and "\n" not in text)

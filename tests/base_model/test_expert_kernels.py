@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -36,6 +36,7 @@ from dspark.exactness import check_trees
 from dspark.models.store import cache_root
 from dspark.registry import LoadOptions, load_target
 from tests.base_model.conftest import SMALL
+from tests.conftest import examples
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler"
@@ -137,7 +138,7 @@ def difference(got: Tensor, expected: Tensor) -> float:
     dtype=st.sampled_from(sorted(TOLERANCE, key=str)),
     seed=st.integers(0, 1000),
 )
-@settings(deadline=None, max_examples=60)
+@examples(20, 120)
 def test_kernels_give_what_torch_gives(
     kernels: ExpertKernels,
     hidden: int,
@@ -223,7 +224,7 @@ def test_a_row_that_is_not_finite_stays_so_alone(kernels: ExpertKernels) -> None
 @pytest.mark.parametrize("machine", ["x86-64", "x86-64-v3"])
 def test_other_instruction_sets_give_the_same_numbers(tmp_path: Path, machine: str) -> None:
     """Four and eight lanes, codes decoded by arithmetic and by a table of sizes."""
-    changes = {"-march=native": f"-march={machine}", "-O3": "-O1"}  # -O1: compiled in half the time
+    changes = {"-march=native": f"-march={machine}", "-O3": "-O0"}  # -O0: compiled sooner
     flags = tuple(changes.get(flag, flag) for flag in native.FLAGS)
     other = load_kernels(tmp_path, flags)
     assert other.lanes == {"x86-64": 4, "x86-64-v3": 8}[machine]

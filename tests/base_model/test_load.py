@@ -88,7 +88,7 @@ def test_preempted_requests_go_on_as_if_nothing_had_been(
 
 
 def test_samples_take_over_the_prompts_state() -> None:
-    params = SamplingParams(max_tokens=12, temperature=1.0, seed=1, n=3)
+    params = SamplingParams(max_tokens=8, temperature=1.0, seed=1, n=3)
     (prompt,) = prompts(60)
     results = dspark.Engine(target("mtp")).generate([prompt], params)
     assert [r.stats.shared_prefix for r in results] == [0, 59, 59]

@@ -84,12 +84,20 @@ def test_logits_equal_the_oracle_to_the_last_digits(case: str) -> None:
     assert relative_error(feed(model, cache, open_slot(cache), tokens, (13, 1, 1)), expected) < 1e-9
 
 
-@pytest.mark.parametrize("length", LENGTHS)
-def test_a_prefix_gives_the_rows_of_a_longer_text(length: int) -> None:
+@functools.cache
+def long_text() -> tuple[list[int], Tensor]:
+    """A text of 52 tokens and its logits."""
     config, _, model = material("every kind", torch.float64)
     tokens = ids(config, 52, seed=2)
     cache = model.new_cache()
-    whole = feed(model, cache, open_slot(cache), tokens)
+    return tokens, feed(model, cache, open_slot(cache), tokens)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_prefix_gives_the_rows_of_a_longer_text(length: int) -> None:
+    _, _, model = material("every kind", torch.float64)
+    tokens, whole = long_text()
+    cache = model.new_cache()
     part = feed(model, cache, open_slot(cache), tokens[:length])
     assert relative_error(part, whole[:length]) < 1e-9
 

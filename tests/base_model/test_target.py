@@ -61,6 +61,7 @@ def test_drafts_of_any_quality_leave_the_text_as_it_is(
     loaded: dict[str, LoadedTarget], layout: str, params: SamplingParams
 ) -> None:
     target, other = loaded[layout].target, loaded[LAYOUTS[1 - LAYOUTS.index(layout)]].target
+    params = replace(params, max_tokens=6, tree_budget=6)
     plain = Engine(target).generate(prompts(), params)
     vocab = target.info.vocab_size
     taus = []

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -15,8 +15,9 @@ from dspark.base_model.model import V4Model
 from dspark.target import TokenBatch
 from tests.base_model import oracle
 from tests.base_model.build import build_model, feed, open_slot, part_of, relative_error, run
+from tests.conftest import examples
 
-SETTINGS = settings(max_examples=10)
+SETTINGS = examples(6, 60)
 VOCAB = 97
 parents = st.lists(st.integers(0, 100), min_size=0, max_size=14).map(
     lambda picks: [-1, *(pick % (row + 1) for row, pick in enumerate(picks))]

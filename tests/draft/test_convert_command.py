@@ -153,7 +153,7 @@ def test_the_command_prints_the_folder_and_says_what_it_did(tmp_path):
 
 
 def test_the_command_takes_parts_from_the_named_target(tmp_path):
-    model = random_model("qwen3")
+    model = random_model("qwen3", layers=4)
     model.save_pretrained(tmp_path / "target")
     source = native(tmp_path / "a", **SHARED, vocab=REDUCED)
     arguments = (source, tmp_path / "b", "--to", "speculators", "--target", tmp_path / "target")
@@ -167,7 +167,7 @@ def test_the_command_takes_parts_from_the_named_target(tmp_path):
 
 
 def test_a_target_that_is_not_the_drafts_is_refused(tmp_path):
-    random_model("qwen3").save_pretrained(tmp_path / "target")
+    random_model("qwen3", layers=4).save_pretrained(tmp_path / "target")
     path = tmp_path / "target" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": 3}))
     source = native(tmp_path / "a")

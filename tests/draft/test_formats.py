@@ -392,7 +392,7 @@ def test_a_draft_of_an_unknown_kind_is_refused(folder):
 
 @pytest.fixture
 def loaded(tmp_path):
-    return LoadedTarget(target=random_target("qwen3"), codec=None, folder=tmp_path)
+    return LoadedTarget(target=random_target("qwen3", layers=4), codec=None, folder=tmp_path)
 
 
 OPTIONS = LoadOptions(name="t", dtype="float32")
@@ -404,7 +404,7 @@ def test_a_folder_is_a_draft_module_or_a_model(folder, loaded, tmp_path):
     both = build_drafter(f"{folder}+lookup", loaded, OPTIONS)
     assert both.name == "lookup+dspark"
     assert both.capture == drafter.capture
-    random_model("qwen3").save_pretrained(tmp_path / "model")
+    random_model("qwen3", layers=4).save_pretrained(tmp_path / "model")
     assert isinstance(build_drafter(str(tmp_path / "model"), loaded, OPTIONS), ModelDrafter)
     shutil.rmtree(folder)
     with pytest.raises(DsparkError):

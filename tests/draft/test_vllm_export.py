@@ -102,7 +102,7 @@ UNUSED = {"model.mask_embedding"}  # of drafts that store their mask apart
 def target(tmp_path_factory):
     """A tiny Qwen 3 with random weights, as a folder."""
     folder = tmp_path_factory.mktemp("target")
-    random_model("qwen3").save_pretrained(folder)
+    random_model("qwen3", layers=4).save_pretrained(folder)
     return folder
 
 

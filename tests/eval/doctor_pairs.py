@@ -48,7 +48,7 @@ def asked(count: int = 5) -> list[Asked]:
 
 
 def target() -> HFTarget:
-    return random_target("llama", exact=True)
+    return random_target("llama", exact=True, layers=4)
 
 
 @functools.cache

@@ -155,7 +155,7 @@ def test_a_prompt_that_cannot_be_run_fails_alone() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_model(tmp_path_factory.mktemp("models") / "llama"))
+    return str(save_model(tmp_path_factory.mktemp("models") / "llama", layers=2))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -23,7 +23,7 @@ from dspark.eval.prompts import PromptSet, Question
 from dspark.eval.results import RunFacts, build_header
 from dspark.eval.runner import question_seed
 from dspark.request import SamplingParams
-from tests.conftest import random_target
+from tests.conftest import random_model, random_target
 from tests.eval.fake_server import serving
 from tests.eval.test_runner import TEMPLATE, codec
 
@@ -55,6 +55,14 @@ def setup_of(**more: object) -> Setup:
     return Setup(**fields)
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model's folder, where a draft is looked for."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    random_model("llama", layers=1).save_pretrained(folder)
+    return str(folder)
+
+
 def names(found: list[Contestant]) -> list[str]:
     return [contestant.name for contestant in found]
 
@@ -79,13 +87,13 @@ def test_a_prompt_that_cannot_be_encoded_is_named() -> None:
         )
 
 
-def test_plain_decoding_has_one_shape_and_a_draft_has_all() -> None:
+def test_plain_decoding_has_one_shape_and_a_draft_has_all(tiny: str) -> None:
     found = own_contestants(
-        setup_of(), ["none", "lookup"], widths=(1, 4), budgets=(7,), loaded="none"
+        setup_of(target=tiny), ["none", "lookup"], widths=(1, 4), budgets=(7,), loaded="none"
     )
     assert names(found) == ["none", "lookup width 1 budget 7", "lookup width 4 budget 7"]
     assert [(c.params.width, c.params.tree_budget) for c in found[1:]] == [(1, 7), (4, 7)]
-    assert names(own_contestants(setup_of(), ["lookup"], loaded=None)) == ["lookup"]
+    assert names(own_contestants(setup_of(target=tiny), ["lookup"], loaded=None)) == ["lookup"]
 
 
 def test_other_programs_are_named_by_their_files_only_where_needed(tmp_path: Path) -> None:
@@ -110,16 +118,16 @@ def test_a_server_without_a_name_is_named_by_its_address() -> None:
     assert (found[0].identity["model"], asked.identity["model"]) == ("the-model", "other")
 
 
-def test_the_key_holds_what_decides_a_measurement_and_nothing_else() -> None:
+def test_the_key_holds_what_decides_a_measurement_and_nothing_else(tiny: str) -> None:
     def key(setup: Setup, drafts: tuple[str, ...] = ("none", "lookup"), **facts: object) -> str:
         contestants = own_contestants(setup, drafts, loaded="none")
         given = {"target": "t", "template": "chat", "seed": 3, "prompts": (PROMPTS,), **facts}
         header = build_header(setup.engine, RunFacts(**given))
         return bench_key({**header, "concurrencies": [1]}, contestants)
 
-    setup = setup_of()
+    setup = setup_of(target=tiny)
     same = key(setup)
-    assert key(setup_of()) == same
+    assert key(setup_of(target=tiny)) == same
     assert key(setup, repeats=7) == same
     others = [
         key(setup, ("none",)),  # what was interleaved is not comparable with what was not

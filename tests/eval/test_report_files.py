@@ -14,6 +14,7 @@ from dspark.errors import DataError
 from dspark.eval.report import numbers
 from dspark.eval.report.page import printable
 from dspark.eval.report.read import read_inputs
+from tests.conftest import CHARACTERS
 from tests.eval.report_samples import (
     audit_results,
     bench_results,
@@ -156,7 +157,7 @@ def test_rounding_keeps_three_digits(value: float) -> None:
     assert float(numbers.rounded(value).replace(",", "")) == pytest.approx(value, rel=0.0051)
 
 
-@given(st.text())
+@given(st.text(st.one_of(st.sampled_from("\n\r\t \x00\x7f\u2028\u202e\ud800"), CHARACTERS)))
 def test_printable_text_has_one_line_and_no_control_characters(text: str) -> None:
     shown = printable(text)
     assert shown.isprintable()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dspark.errors import ConfigError, DataError
@@ -38,6 +38,7 @@ from dspark.eval.simulate.workload import (
     parse_lengths,
 )
 from dspark.request import RoundStats
+from tests.conftest import examples
 from tests.eval.log_of import chain_round, record_of, turn_of
 
 
@@ -355,7 +356,7 @@ def test_a_stated_tree_finds_more_than_its_chain() -> None:
     assert told == pytest.approx(tree.mean_committed(12) - 1, abs=0.06)
 
 
-@settings(max_examples=8)
+@examples(4, 60)
 @given(st.lists(st.floats(0.05, 0.95), min_size=1, max_size=4), st.integers(0, 1000))
 def test_free_rows_make_longer_proposals_no_slower(rates: list[float], seed: int) -> None:
     pool = chain_pool(rates, name="p", size=2000, seed=seed)

@@ -50,7 +50,7 @@ def life_of_requests(target: Target) -> list[torch.Tensor]:
 
     tree = tree_part(first, tokens, TREE, len(long))
     line = BatchPart.chain(second, random_tokens(rng, 5), len(short), want_last=True)
-    note(forward(target, cache, line, tree, capture=(-1, 1, 3, 4)))
+    note(forward(target, cache, line, tree, capture=(-1, 1, 2, 3)))
     cache.commit(first, PATH)
     cache.commit(second, range(2))
     third = prefill(target, cache, long[:100] + random_tokens(rng, 4))
@@ -65,8 +65,17 @@ def life_of_requests(target: Target) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("family", FUSED_FAMILIES)
+CELLS = [(family, torch.float32) for family in FUSED_FAMILIES]
+# What a family does differently is in its float32 cell, what bfloat16 does in those of three.
+CELLS += [
+    (family, torch.bfloat16)
+    if family in ("llama", "qwen3", "gemma2")
+    else pytest.param(family, torch.bfloat16, marks=pytest.mark.slow)
+    for family in FUSED_FAMILIES
+]
+
+
+@pytest.mark.parametrize(("family", "dtype"), CELLS)
 def test_equals_the_plain_path(family: str, dtype: torch.dtype) -> None:
     ours = life_of_requests(fused_target(family, dtype))
     theirs = life_of_requests(random_target(family, dtype, exact=True))

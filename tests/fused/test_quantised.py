@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from dspark.draft.lookup import LookupDrafter
 from dspark.errors import CapabilityError, ConfigError
 from dspark.models import cache_root
 from dspark.registry import LoadOptions, load_target
+from dspark.target import Target
 from tests.conftest import random_model
 from tests.fused.models import (
     FUSED_FAMILIES,
@@ -109,11 +111,17 @@ def rounded_inputs(x: torch.Tensor) -> torch.Tensor:
     return ((blocks * torch.where(step > 0, 1 / step, 0.0)).round() * step).flatten(-2)
 
 
+@functools.cache
+def llama(quant: str) -> Target:
+    """A random Llama with rounded weights, only to be read."""
+    return choose(random_model("llama", layers=1), quant=quant)
+
+
 @needs_compiler
 @BOTH
 @pytest.mark.parametrize("rows", [1, 5, 6, 7, 16, 33])
 def test_products_are_those_of_the_rounded_numbers(quant: str, rows: int) -> None:
-    target = choose(random_model("llama"), quant="int8")
+    target = llama("int8")
     assert isinstance(target, FusedTarget)
     head = torch.nn.Linear(64, 103, bias=True)
     torch.manual_seed(2)
@@ -130,7 +138,7 @@ def test_products_are_those_of_the_rounded_numbers(quant: str, rows: int) -> Non
 @BOTH
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_no_number_stays_none(quant: str, bad: float) -> None:
-    target = choose(random_model("llama"), quant=quant)
+    target = llama(quant)
     for place in (0, 15, 16, 31, 63):
         hidden = torch.randn(3, 64)
         hidden[1, place] = bad
@@ -144,12 +152,12 @@ def unembed_with(target: FusedTarget, packed, hidden: torch.Tensor) -> torch.Ten
     from dspark.adapters.fused import structures
 
     decoder = target.decoder
-    own, own_head = decoder.head, decoder._model.head
+    own = decoder.head
     decoder.head, decoder._model.head = packed, structures.matrix(packed)
     try:
         return target.unembed(hidden)
     finally:
-        decoder.head, decoder._model.head = own, own_head
+        decoder.head, decoder._model.head = own, structures.matrix(own)
 
 
 @needs_compiler
@@ -198,7 +206,7 @@ def test_the_plain_path_runs_the_rounded_model(quant: str) -> None:
 @BOTH
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_rows_have_the_same_bits_in_any_company(family: str, quant: str) -> None:
-    target = choose(random_model(family, torch.bfloat16), quant=quant)
+    target = choose(random_model(family, torch.bfloat16, layers=2), quant=quant)
     assert target.exactness.holds
     assert check_rows(target)
     assert exactness.check_trees(target)
@@ -231,7 +239,7 @@ def test_sizes_that_are_no_whole_blocks_take_the_plain_path() -> None:
 
 def test_exact_mode_is_found_out_for_each_by_itself(tmp_path: Path) -> None:
     folder, probes = tmp_path / "model", tmp_path / "probes"
-    random_model("llama").save_pretrained(folder)
+    random_model("llama", layers=1).save_pretrained(folder)
     for quant in ("none", "int8", "int4"):
         options = LoadOptions(name="x", path="plain", quant=quant, probe_folder=probes)
         assert load_target(folder, options).target.info.quant == quant

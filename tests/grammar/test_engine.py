@@ -76,7 +76,15 @@ def test_plain_decoding_takes_the_best_token_that_is_allowed() -> None:
     assert is_within(text)
 
 
-@pytest.mark.parametrize(("kind", "batch"), [*((kind, 8) for kind in DRAFTERS), ("combined", 1)])
+@pytest.mark.parametrize(
+    ("kind", "batch"),
+    [
+        # "combined" has both in it.
+        pytest.param(kind, 8, marks=pytest.mark.slow if kind in ("lookup", "model") else ())
+        for kind in DRAFTERS
+    ]
+    + [("combined", 1)],
+)
 def test_a_draft_changes_nothing(kind: str, batch: int) -> None:
     for params in (GREEDY, SAMPLED, replace(SAMPLED, rule="sample-match", top_k=3)):
         engine = engine_of(drafter_of(kind), max_batch=batch)
@@ -333,7 +341,7 @@ def test_all_end_tokens_of_the_target_end_a_text_and_none_is_text() -> None:
         assert not {END, 4} & set(body)  # 4 is text in the table, but ends this target's
 
 
-@pytest.mark.parametrize("kind", ["none", "lookup", "model"])
+@pytest.mark.parametrize("kind", ["none", pytest.param("lookup", marks=pytest.mark.slow), "model"])
 def test_a_grammar_may_begin_behind_a_token(kind: str) -> None:
     marker = 11
     params = replace(SAMPLED, grammar=AfterToken(Automaton(), marker), max_tokens=40)

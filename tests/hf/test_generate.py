@@ -131,16 +131,17 @@ def _law(model: Any, prompt: dict[str, torch.Tensor], options: dict[str, Any]) -
     """Probability of every text of three tokens, from transformers' own processed scores."""
     kept: dict[Any, float] = {(): 1.0}
     for _ in range(3):
-        longer: dict[Any, float] = {}
-        for text, mass in kept.items():
-            ids = torch.cat([prompt["input_ids"], torch.tensor([text], dtype=torch.long)], dim=1)
-            seen = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            settings = {**options, "do_sample": True, "max_new_tokens": 1, "output_scores": True}
-            out = plain(model, **seen, **settings, return_dict_in_generate=True)
-            law = out.scores[0][0].double().softmax(-1)
-            for token in law.nonzero().flatten().tolist():
-                longer[(*text, token)] = mass * float(law[token])
-        kept = longer
+        texts = torch.tensor(list(kept), dtype=torch.long)
+        ids = torch.cat([prompt["input_ids"].expand(len(kept), -1), texts], dim=1)
+        seen = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        settings = {**options, "do_sample": True, "max_new_tokens": 1, "output_scores": True}
+        out = plain(model, **seen, **settings, return_dict_in_generate=True)
+        laws = out.scores[0].double().softmax(-1)
+        kept = {
+            (*text, token): mass * float(law[token])
+            for (text, mass), law in zip(kept.items(), laws, strict=True)
+            for token in law.nonzero().flatten().tolist()
+        }
     return kept
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -21,10 +22,16 @@ def drafted(family: str, **options: Any) -> Any:
     Other answers it follows in part, so that trees are accepted, cut and rejected.
     """
     model = random_model(family, layers=2 if family == "llama" else None)
-    answers = model.generate(**ragged_prompts(8), do_sample=False, max_new_tokens=24)
-    draft = LookupDrafter(corpus=answers.tolist())
+    draft = LookupDrafter(corpus=_answers(family))
     config = dspark.EngineConfig(auto_off=False, schedule="fixed:8")
     return dspark.accelerate(model, draft, config=config, **options)
+
+
+@functools.cache
+def _answers(family: str) -> list[list[int]]:
+    model = random_model(family, layers=2 if family == "llama" else None)
+    found = model.generate(**ragged_prompts(8), do_sample=False, max_new_tokens=24)
+    return found.tolist()
 
 
 def ragged_prompts(rows: int = 3, length: int = 12, seed: int = 1) -> dict[str, torch.Tensor]:

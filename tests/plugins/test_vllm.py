@@ -229,7 +229,7 @@ def test_vllms_engine_keeps_its_texts_and_needs_fewer_forwards(tmp_path, monkeyp
     """Where a build for CPUs is installed: three requests at once, on a tiny model."""
     vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
     torch = pytest.importorskip("torch")
-    random_model("qwen3").save_pretrained(tmp_path)
+    random_model("qwen3", layers=4).save_pretrained(tmp_path)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setattr(torch, "set_num_threads", torch.set_num_threads)  # it replaces it
     prompts = [[5, 9, 3, 11, 40, 7], [81, 2, 60], [17, 17, 30, 64]]

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import CHARACTERS
 from tests.serve.toys import Running, serving, toy_engine
 
 CHAT = "/v1/chat/completions"
@@ -303,12 +304,12 @@ VALUES = st.recursive(
     | st.integers(-3, 40)
     | st.sampled_from([2**31, 2**63, 2**64, -(2**63), 10**400])
     | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(max_size=8)
+    | st.text(CHARACTERS, max_size=8)
     | st.sampled_from(["auto", "required", "text", "json_object", "user", "f", "object", "1"]),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(INNER_NAMES.split()) | st.text(max_size=3),
+            st.sampled_from(INNER_NAMES.split()) | st.text(CHARACTERS, max_size=3),
             inner,
             max_size=4,
         )

@@ -49,7 +49,7 @@ def chat_codec() -> TextCodec:
 
 def _model() -> Any:
     """The tiny llama, made to end its texts sooner."""
-    model = random_model("llama")
+    model = random_model("llama", layers=4)
     with torch.no_grad():
         model.lm_head.weight[EOS] *= 2
     return model

@@ -22,7 +22,7 @@ from dspark.training.world import World
 from tests.conftest import FAMILIES, VOCAB, random_model, random_target
 from tests.training.runs import make_run, train
 
-LAYERS = (-1, 1, 2)
+LAYERS = (-1, 0, 1)
 
 
 def samples() -> list[Sample]:

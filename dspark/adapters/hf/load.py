@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from dspark.adapters.hf.target import HFTarget
 from dspark.adapters.quantise import quantise_modules
 from dspark.devices import pick_device, pick_dtype
 from dspark.errors import CapabilityError, CheckpointError
+from dspark.installed import entry_points
 from dspark.model_folder import fingerprint_weights, generation_config, sampling_defaults
 from dspark.registry import LoadedTarget, LoadOptions
 from dspark.text import load_codec
