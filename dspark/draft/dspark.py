@@ -352,7 +352,6 @@ class DSparkDrafter:
             if head.state_size:
                 for (job, node), state in zip(which, after, strict=True):
                     job.states[node] = state
-        logits = self._vocab.widen(logits)
         sure = None
         if any(job.needs_confidence for job in jobs):
             found = self._module.confidence(hidden, tokens)
@@ -361,7 +360,17 @@ class DSparkDrafter:
         for job in jobs:
             part = slice(start, start + len(job.frontier))
             own = None if sure is None else sure[part]
-            feed(job.growth, job.context, job.history, job.frontier, logits[part], self._warn, own)
+            rows, nodes = logits[part], job.frontier
+            feed(
+                job.growth,
+                job.context,
+                job.history,
+                nodes,
+                rows,
+                self._warn,
+                own,
+                vocab=self._vocab,
+            )
             start = part.stop
 
 

@@ -32,6 +32,7 @@ from dspark.draft.eagle3_state import DraftState
 from dspark.draft.feed import WarnOnce, feed, history_of
 from dspark.draft.grow import Growth, GrowthConfig, grow
 from dspark.errors import CapabilityError, ShapeError
+from dspark.mtp_head import DraftVocab
 from dspark.tree import Proposal
 
 __all__ = ["Eagle3Drafter", "is_eagle3", "load_eagle3"]
@@ -137,7 +138,7 @@ class Eagle3Drafter:
         self._lent_embed = None if module.config.has_embedding else embed
         self.config = config or GrowthConfig()
         self._capture = tuple(sorted(set(module.config.target_layers)))
-        self._target_ids = module.target_ids()
+        self._vocab = DraftVocab(module.config.vocab_size, module.target_ids())
         self._states: dict[int, DraftState] = {}
         self._warn = WarnOnce("eagle3")
 
@@ -337,18 +338,10 @@ class Eagle3Drafter:
 
     def _feed(self, job: _Job, logits: Tensor) -> None:
         """Hand the rows of one request's frontier to its tree."""
-        rows = self._widen(logits)
-        feed(job.growth, job.context, job.history, job.frontier, rows, self._warn)
+        rows, nodes = logits.float(), job.frontier
+        feed(job.growth, job.context, job.history, nodes, rows, self._warn, vocab=self._vocab)
 
     # -- small things -------------------------------------------------------------------------
-
-    def _widen(self, logits: Tensor) -> Tensor:
-        """Draft logits [n, W] as float32 rows over the target's vocabulary, -inf elsewhere."""
-        if self._target_ids is None:
-            return logits.float()
-        size = self._module.config.vocab_size
-        wide = torch.full((logits.shape[0], size), -torch.inf, device=logits.device)
-        return wide.index_copy_(1, self._target_ids, logits.float())
 
     def _embed(self, tokens: Sequence[int]) -> Tensor:
         ids, weight = self._ids(tokens), self._module.fc.weight

@@ -12,6 +12,7 @@ import torch
 from dspark.draft.base import DraftContext
 from dspark.draft.grow import Growth
 from dspark.errors import DsparkError
+from dspark.mtp_head import DraftVocab
 from dspark.tree import BoolArray
 from dspark.verify import sampling
 
@@ -55,6 +56,8 @@ def feed(
     logits: torch.Tensor,
     warn: WarnOnce,
     confidence: Sequence[float] | None = None,
+    *,
+    vocab: DraftVocab | None = None,
 ) -> None:
     """Shape the rows of a request's nodes and hand them to its tree.
 
@@ -66,10 +69,17 @@ def feed(
         context: The request.
         history: From `history_of`.
         nodes: Nodes to expand, -1 for the anchor.
-        logits: float [R, V], one row each, not shaped yet.
+        logits: float [R, V], one row each, not shaped yet; [R, Vd] if there is a `vocab`.
         warn: Where to complain.
         confidence: Confidence logit of every node, None without such a head.
+        vocab: The draft's own vocabulary, which the columns are; None for the target's.
     """
+    ids = None
+    if vocab is not None:
+        if growth.needs_all_tokens or _looks_at_tokens(context):
+            logits = vocab.widen(logits)
+        else:  # a quarter of the columns is a quarter of the work
+            ids = vocab.ids
     is_sound = [math.isfinite(top) for top in logits.amax(dim=1).tolist()]
     if not all(is_sound):
         warn("the draft's logits are not finite", "no tokens are drafted after them.")
@@ -95,7 +105,14 @@ def feed(
     except DsparkError as error:  # the target will meet it too, and report it
         warn("the draft's logits cannot be shaped", error.message)
         return
-    growth.take(nodes, shaped, confidence)
+    growth.take(nodes, shaped, confidence, ids)
+
+
+def _looks_at_tokens(context: DraftContext) -> bool:
+    """Whether shaping a request's logits needs to know which column is which token."""
+    params = context.params
+    has_edits = bool(params.logit_bias) or sampling.has_history(params)
+    return has_edits or context.allowed is not None
 
 
 def _picked(values: Sequence[_T], flags: Sequence[bool]) -> list[_T]:

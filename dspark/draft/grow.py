@@ -142,9 +142,16 @@ class GrowsTrees(Protocol):
 
 
 class Growth(Protocol):
-    """A tree that grows level by level."""
+    """A tree that grows level by level.
+
+    Attributes:
+        tree: What has grown so far.
+        needs_all_tokens: Whether a row must have a column for every token of the target, as where
+            noise is added by token; else a draft's own vocabulary will do.
+    """
 
     tree: TreeGrower
+    needs_all_tokens: bool
 
     def frontier(self) -> list[int]:
         """Nodes to expand next, -1 for the anchor; empty when the tree is done."""
@@ -155,6 +162,7 @@ class Growth(Protocol):
         nodes: Sequence[int],
         shaped: torch.Tensor,
         confidence: Sequence[float] | None = None,
+        ids: torch.Tensor | None = None,
     ) -> None:
         """Add children of these nodes.
 
@@ -162,6 +170,8 @@ class Growth(Protocol):
             nodes: The nodes, -1 for the anchor.
             shaped: float32 [R, V], one row each, finite maximum.
             confidence: Confidence logit of each, None if there is none or nobody asked.
+            ids: int64 [V], the token of each column; None where column and token are the same,
+                as they must be if `needs_all_tokens`.
         """
         ...
 
@@ -182,6 +192,7 @@ class RankedGrowth:
 
     def __init__(self, context: DraftContext, limits: Limits) -> None:
         self.tree = TreeGrower()
+        self.needs_all_tokens = context.rule is Rule.COUPLED
         self._context = context
         self._limits = limits
         self._level = 0  # levels already handed out
@@ -206,9 +217,11 @@ class RankedGrowth:
         nodes: Sequence[int],
         shaped: torch.Tensor,
         confidence: Sequence[float] | None = None,
+        ids: torch.Tensor | None = None,
     ) -> None:
         """Add the best `width` candidates of every node, best first; see `Growth.take`."""
-        ids, shares = self._candidates(nodes, shaped)
+        columns, shares = self._candidates(nodes, shaped)
+        best: list[list[int]] = (columns if ids is None else ids[columns]).tolist()
         given, tree, rating = shares.tolist(), self.tree, self._limits.rating
         rates = given
         if rating is not None:
@@ -217,7 +230,7 @@ class RankedGrowth:
                 depth, shares.shape[1], share=shares, confidence=confidence
             ).tolist()
         first = len(tree)
-        for node, tokens, probs, rho in zip(nodes, ids, given, rates, strict=True):
+        for node, tokens, probs, rho in zip(nodes, best, given, rates, strict=True):
             above = 1.0 if node < 0 else tree.survival[node]
             for token, prob, rate in zip(tokens, probs, rho, strict=True):
                 if prob > 0:
@@ -228,7 +241,7 @@ class RankedGrowth:
 
     def _candidates(
         self, nodes: Sequence[int], shaped: torch.Tensor
-    ) -> tuple[list[list[int]], FloatArray]:
+    ) -> tuple[torch.Tensor, FloatArray]:
         context, width = self._context, min(self._limits.width, int(shaped.shape[1]))
         if context.rule is Rule.COUPLED:
             first = context.output_position  # of a child of the anchor
@@ -240,7 +253,7 @@ class RankedGrowth:
             values, ids = torch.topk(shaped, width, dim=1)
             shares = torch.exp(values - torch.logsumexp(shaped, dim=1, keepdim=True))
         best: FloatArray = shares[:, :width].to("cpu", torch.float64).numpy()
-        return ids[:, :width].tolist(), best
+        return ids[:, :width], best
 
     def proposal(self) -> Proposal:
         """The best nodes within the budget."""
@@ -294,6 +307,7 @@ class DrawnGrowth:
 
     def __init__(self, context: DraftContext, limits: Limits) -> None:
         self.tree = TreeGrower()
+        self.needs_all_tokens = True
         self._context = context
         self._limits = limits
         width = 1 if context.rule is Rule.BLOCK else limits.width
@@ -319,6 +333,7 @@ class DrawnGrowth:
         nodes: Sequence[int],
         shaped: torch.Tensor,
         confidence: Sequence[float] | None = None,
+        ids: torch.Tensor | None = None,
     ) -> None:
         """Draw the children of every node in draw order; keep the laws they were drawn from.
 

@@ -133,14 +133,23 @@ def test_a_reduced_vocabulary_proposes_only_its_tokens_and_keeps_the_laws(given)
     np.testing.assert_allclose(drawn.laws.numpy().sum(1), 1)
 
 
+def test_a_bias_on_a_token_finds_it_in_a_reduced_vocabulary(given):
+    module = make_module(vocab=DraftVocab.build(VOCAB, range(1, VOCAB, 3)))
+    free = DSparkDrafter(module).propose([given(8, budget=3, depth=1, width=3)])[0].tree.token
+    bias = {int(free[0]): -100.0, 3: 100.0}  # the draft has no token 3
+    context = given(8, budget=3, depth=1, width=3, params={"logit_bias": bias})
+    assert DSparkDrafter(module).propose([context])[0].tree.token[:2].tolist() == free[1:].tolist()
+
+
 def shaped(module, reference, path, temperature=1.0):
     return (module.vocab.widen(reference.logits(list(path))) / temperature).numpy()
 
 
 @pytest.mark.parametrize("rule", [Rule.COUPLED, Rule.SAMPLE_MATCH])
-def test_ranked_children_are_the_best_of_all_corrected_logits(given, rule):
+@pytest.mark.parametrize("ids", [None, range(1, VOCAB, 3)])
+def test_ranked_children_are_the_best_of_all_corrected_logits(given, rule, ids):
     """No step may look only at the best of U: the head can lift any token to the top."""
-    module = make_module(head="rnn")
+    module = make_module(head="rnn", vocab=None if ids is None else DraftVocab.build(VOCAB, ids))
     context = given(6, rule=rule, budget=20, depth=3, width=3, temperature=0.8)
     tree = DSparkDrafter(module, config=WHOLE).propose([context])[0].tree
     reference = reference_of(module, context)

@@ -126,7 +126,7 @@ def record_logits(drafter):
     seen, feed = {}, drafter._feed
 
     def watch(job, logits):
-        for node, row in zip(job.frontier, drafter._widen(logits), strict=True):
+        for node, row in zip(job.frontier, drafter._vocab.widen(logits.float()), strict=True):
             path = () if node < 0 else tuple(job.growth.tree.path_tokens(node))
             seen[job.context.request_id, path] = row
         feed(job, logits)
