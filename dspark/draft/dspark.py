@@ -360,13 +360,12 @@ class DSparkDrafter:
         for job in jobs:
             part = slice(start, start + len(job.frontier))
             own = None if sure is None else sure[part]
-            rows, nodes = logits[part], job.frontier
             feed(
                 job.growth,
                 job.context,
                 job.history,
-                nodes,
-                rows,
+                job.frontier,
+                logits[part],
                 self._warn,
                 own,
                 vocab=self._vocab,

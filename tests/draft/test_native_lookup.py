@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import logging
+import resource
 import shutil
 import threading
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -325,3 +327,22 @@ def test_settings_that_there_is_no_room_for_are_refused(bad):
     assert native_lookup.Limits(**values, **doubts).least == 1
     with pytest.raises(ConfigError, match="lookup is to take"):
         native_lookup.Limits(**{**values, **bad}, **doubts)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_texts_of_requests_that_ended_take_no_memory():
+    drafter = LookupDrafter(path="fused")
+    text = np.random.default_rng(0).integers(0, 1000, 30_000).tolist()
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    def run(requests):
+        for request in requests:
+            drafter.propose([context(text, request_id=request)])
+            drafter.release(request)
+
+    run(range(3))
+    before = resident()
+    run(range(3, 43))  # some 3 MB each
+    assert resident() - before < 30e6

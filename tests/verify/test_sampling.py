@@ -19,7 +19,7 @@ from transformers.generation.logits_process import (
 
 from dspark.errors import CapabilityError, ConfigError, ShapeError
 from dspark.request import SamplingParams
-from dspark.verify.sampling import History, has_history, laws, shape_logits
+from dspark.verify.sampling import History, has_history, laws, likeliest, shape_logits
 
 INF = math.inf
 
@@ -219,3 +219,12 @@ def test_has_history_tells_which_parameters_look_back() -> None:
     ):
         assert has_history(p)
     assert has_history(SamplingParams(), [[1]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_likeliest_token_is_the_lowest_of_those_that_tie(dtype: torch.dtype) -> None:
+    logits = torch.zeros(3, 50, dtype=dtype)
+    logits[0, [7, 20, 41]] = 2.0
+    logits[1] = -torch.inf
+    logits[1, [33, 48]] = -5.0
+    assert likeliest(logits) == [7, 33, 0]
