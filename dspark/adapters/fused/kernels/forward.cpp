@@ -14,6 +14,7 @@
 
 #include "attention.h"
 #include "products.h"
+#include "threads.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -74,8 +75,11 @@ struct Forward {
   const Step& s;
   const Plan plan;
   float *normed, *qkv, *mixed, *inner, *y, *chosen, *scratch;
+  mutable Meeting meeting;
+  mutable std::vector<std::atomic<int64_t>> taken;  // per layer: items of attention
 
-  Forward(const Model& model, const Step& step) : m(model), s(step), plan(model, step) {
+  Forward(const Model& model, const Step& step)
+      : m(model), s(step), plan(model, step), taken(model.layers) {
     const int64_t heads = m.heads * m.head_dim, all_heads = heads + 2 * m.kv_heads * m.head_dim;
     float* next = s.work;
     auto take = [&](int64_t n) {
@@ -107,6 +111,8 @@ struct Forward {
     }
   }
 
+  void meet(Worker me) const { meeting.wait(me.count); }
+
   void product(const Matrix& w, const float* x, int64_t rows, float* out, int64_t stride,
                Worker me, bool gates = false) const {
     Product{w, x, rows, out, stride, m, gates}.run(me);
@@ -120,13 +126,14 @@ struct Forward {
       const int64_t row = i / per_row;
       a.prepare(s.span[plan.span_of[row]], row, i % per_row, qkv + row * per_row * dim);
     }
-#pragma omp barrier
+    meet(me);
     float* work = scratch + me.index * scratch_floats(m, plan.columns);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < (int64_t)plan.items.size(); i++) {
+    const int64_t count = plan.items.size();
+    for (int64_t i; (i = taken[index].fetch_add(1, std::memory_order_relaxed)) < count;) {
       const Item& item = plan.items[i];
       a.run(s.span[item.span], item.head, item.row, item.rows, work);
-    }  // ends with a barrier
+    }
+    meet(me);
   }
 
   void run(Worker me) const {
@@ -134,33 +141,33 @@ struct Forward {
       const Layer& layer = m.layer[l];
       residual(l ? m.layer[l - 1].norm_output : nullptr, layer.norm_in,
                l ? s.capture[l - 1] : nullptr, normed, me, l > 0);
-#pragma omp barrier
+      meet(me);
       product(layer.qkv, normed, s.rows, qkv, layer.qkv.outputs, me);
-#pragma omp barrier
+      meet(me);
       attend(layer, l, me);
       product(layer.out, mixed, s.rows, y, m.hidden, me);
-#pragma omp barrier
+      meet(me);
       residual(layer.norm_attention, layer.norm_mlp, nullptr, normed, me, true);
-#pragma omp barrier
+      meet(me);
       product(layer.gate_up, normed, s.rows, inner, m.inner, me, true);
-#pragma omp barrier
+      meet(me);
       product(layer.down, inner, s.rows, y, m.hidden, me);
-#pragma omp barrier
+      meet(me);
     }
     residual(m.layer[m.layers - 1].norm_output, m.norm, s.capture[m.layers - 1], s.normed, me,
              true);
-#pragma omp barrier
+    meet(me);
     for (int64_t i = me.index; i < s.outputs; i += me.count)
       memcpy(chosen + i * m.hidden, s.normed + s.output_rows[i] * m.hidden,
              m.hidden * sizeof(float));
-#pragma omp barrier
+    meet(me);
     unembed(chosen, s.outputs, s.logits, me);
   }
 
   void unembed(const float* x, int64_t rows, float* logits, Worker me) const {
     product(m.head, x, rows, logits, m.head.outputs, me);
     if (m.logit_softcap == 0.0f) return;
-#pragma omp barrier
+    meet(me);
     const int64_t count = m.head.outputs, whole = count / LANES * LANES;
     for (int64_t r = me.index; r < rows; r += me.count) {
       float* row = logits + r * count;
@@ -217,7 +224,10 @@ int64_t dspark_work_floats(const Model* m, int64_t rows, int64_t outputs, int64_
 
 void dspark_forward(const Model* model, const Step* step) {
   const Forward forward(*model, *step);
-  in_threads(step->threads, [&](Worker me) { forward.run(me); });
+  in_threads(step->threads, [&](Worker me) {
+    forward.run(me);
+    forward.meet(me);  // before OpenMP's own barrier, at which nobody waits then
+  });
 }
 
 void dspark_unembed(const Model* model, const Step* step) {  // normed [outputs, hidden] -> logits

@@ -12,6 +12,7 @@
 
 #include "quantised.h"
 #include "step.h"
+#include "threads.h"
 #include "vectors.h"
 
 #define PANEL (2 * LANES)

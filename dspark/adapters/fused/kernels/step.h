@@ -60,11 +60,3 @@ struct Step {
   float* work;               // dspark_work_floats()
 };
 }
-
-// One of the threads, and its share of things that are counted out.
-struct Worker {
-  int64_t index, count;
-
-  int64_t first(int64_t items) const { return items * index / count; }
-  int64_t last(int64_t items) const { return items * (index + 1) / count; }
-};
