@@ -208,25 +208,38 @@ class RoundCosts:
         return wanted.copy()
 
     def rates(
-        self, rows: int, context: int, *, with_overhead: bool
+        self, rows: int, context: int, *, with_overhead: bool, prompt_rows: int = 0
     ) -> Callable[[int], FloatArray] | None:
         """Rounds per second, for `dspark.verify.scheduler.Load`.
 
+        The time of prompt rows is left out. They have to be run once, whatever is admitted beside
+        them: a round that they make long makes no token worth more, while nodes cost what they do
+        on top of so many rows.
+
         Args:
-            rows: Rows that a round has without drafted nodes.
+            rows: Rows that a round has without drafted nodes and prompt rows.
             context: As for `forwards`.
             with_overhead: Count what is measured as rounds run: what a round takes besides its
                 forward, and how many experts its rows wake.
+            prompt_rows: Rows of prompts that ride along.
 
         Returns:
             Nodes n -> float64 [n + 1], with 0, 1, ... n nodes; None while costs are not known.
         """
         if not self.is_known:
             return None
-        if not with_overhead:
-            return lambda nodes: 1.0 / self.forwards(rows, nodes + 1, context)
-        extra = self.overhead
-        return lambda nodes: 1.0 / (self._corrected(rows, nodes + 1, context) + extra)
+        seconds = self._corrected if with_overhead else self.forwards
+        extra = self.overhead if with_overhead else 0.0
+        if not prompt_rows:
+            return lambda nodes: 1.0 / (seconds(rows, nodes + 1, context) + extra)
+        first = rows + prompt_rows
+        alone, whole = (float(seconds(count, 1, context)[0]) for count in (rows, first))
+
+        def beside_prompts(nodes: int) -> FloatArray:
+            further = seconds(first, nodes + 1, context) - whole
+            return 1.0 / (np.maximum(alone + further, min(alone, whole)) + extra)
+
+        return beside_prompts
 
     def _corrected(self, first: int, count: int, context: int) -> FloatArray:
         """As `forwards`, with as many experts as forwards were seen to wake."""

@@ -143,23 +143,23 @@ class Drafting:
         """Nodes that a path may have: on top comes the closing token, which needs no draft."""
         return request.remaining(self._target.info.max_positions) - 1
 
-    def load(self, decoding: Sequence[ActiveRequest], other_rows: int, forced: Forced) -> Load:
+    def load(self, decoding: Sequence[ActiveRequest], prompt_rows: int, forced: Forced) -> Load:
         """A round before any node that a drafter offers.
 
         Args:
             decoding: Requests that decode.
-            other_rows: Rows that ride along: prompt chunks.
+            prompt_rows: Rows of prompts that ride along.
             forced: From `forced`.
         """
         if not decoding:
             return Load(0.0, None)
-        other_rows += sum(len(tokens) for tokens in forced.values())
+        rows = len(decoding) + sum(len(tokens) for tokens in forced.values())
         context = sum(len(request.tokens) for request in decoding) // len(decoding)
         # What is measured while rounds run would make a seed's text differ from run to run under
         # rules that draw from laws; a profile alone does not.
         is_drawn = any(request.rule.draws_from_laws for request in decoding)
         by_time = not (is_drawn and self._costs.is_profiled)
-        rates = self._costs.rates(len(decoding) + other_rows, context, with_overhead=by_time)
+        rates = self._costs.rates(rows, context, with_overhead=by_time, prompt_rows=prompt_rows)
         certain = (1 + len(forced.get(request.request_id, ())) for request in decoding)
         worth = zip((request.priority for request in decoding), certain, strict=True)
         value = sum(priority * tokens for priority, tokens in worth)

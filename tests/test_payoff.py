@@ -229,6 +229,25 @@ def test_what_a_round_takes_besides_its_forward_flattens_the_rates() -> None:
     assert costs.rates(1, 10, with_overhead=False)(2).tolist() == [1, 1 / 2, 1 / 3]
 
 
+def test_the_time_of_prompt_rows_makes_no_token_worth_more() -> None:
+    costs = RoundCosts(lambda rows, context: 10.0 + rows)
+    alone = costs.rates(2, 10, with_overhead=False)(3)
+    np.testing.assert_allclose(alone, 1 / np.array([12.0, 13, 14, 15]))
+    beside = costs.rates(2, 10, with_overhead=False, prompt_rows=100)(3)
+    np.testing.assert_allclose(beside, alone)
+    costs.record_overhead(5.0, 1.0)
+    beside = costs.rates(2, 10, with_overhead=True, prompt_rows=100)(3)
+    np.testing.assert_allclose(beside, 1 / np.array([17.0, 18, 19, 20]))
+
+
+def test_beside_prompts_nodes_cost_what_they_do_on_top_of_them() -> None:
+    # Rows are free up to eight, dear above, and a curve may fall.
+    seconds = {2: 4.0, 7: 4.0, 8: 4.0, 9: 9.0, 10: 1.0}
+    costs = RoundCosts(lambda rows, context: seconds[rows])
+    beside = costs.rates(2, 10, with_overhead=False, prompt_rows=5)(3)
+    np.testing.assert_allclose(beside, 1 / np.array([4.0, 4, 9, 4]))
+
+
 # -- the first node --------------------------------------------------------------------------------
 
 
