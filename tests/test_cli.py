@@ -21,9 +21,10 @@ import numpy as np
 import pytest
 
 import dspark
-from dspark import cli
+from dspark import cli, loading
 from dspark.commands import chat as chat_command
 from dspark.models import store
+from dspark.registry import LoadedTarget, LoadOptions, load_target
 from tests.conftest import random_model
 from tests.test_engine import make_codec
 
@@ -96,8 +97,24 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return invoke
 
 
+@functools.cache
+def _load_once(folder: Path, options: LoadOptions) -> LoadedTarget:
+    return load_target(folder, options)
+
+
 @pytest.fixture
-def generate(run: Run, raw_model: str) -> Run:
+def kept_models(monkeypatch: pytest.MonkeyPatch, raw_model: str, chat_model: str) -> None:
+    """These two, which no test writes to, are loaded once for each set of options."""
+
+    def load(folder: Path, options: LoadOptions) -> LoadedTarget:
+        is_kept = str(folder) in (raw_model, chat_model)
+        return (_load_once if is_kept else load_target)(folder, options)
+
+    monkeypatch.setattr(loading, "load_target", load)
+
+
+@pytest.fixture
+def generate(run: Run, raw_model: str, kept_models: None) -> Run:
     """`dspark generate` in exact mode on the raw model, 12 tokens."""
     return functools.partial(
         run, "generate", "--target", raw_model, "--exact", "--dtype", "float32", "--max-tokens=12"
@@ -250,6 +267,7 @@ def test_a_stop_string_ends_the_text(generate: Run) -> None:
     assert ran.out == full[: full.index(stop)] + "\n"
 
 
+@pytest.mark.usefixtures("kept_models")
 def test_the_chat_template_is_applied_unless_raw(run: Run, chat_model: str, raw_model: str) -> None:
     common = ("--max-tokens", "8", "--exact", "--dtype", "float32")
     raw = functools.partial(run, "generate", "--target", raw_model, *common)
@@ -607,7 +625,7 @@ def interrupt_follow(monkeypatch: pytest.MonkeyPatch, chunks: int) -> None:
 
 
 @pytest.fixture
-def chat(run: Run, chat_model: str) -> Run:
+def chat(run: Run, chat_model: str, kept_models: None) -> Run:
     return functools.partial(
         run, "chat", "--target", chat_model, "--max-tokens=8", "--dtype=float32", "--exact"
     )

@@ -39,8 +39,9 @@ def make_codec() -> TextCodec:
 
 
 def model(family: str = "llama", *, exact: bool = True) -> HFTarget:
-    """Of llama two layers: the engine knows nothing of layers, and other families have all."""
-    return random_target(family, exact=exact, layers=2 if family == "llama" else None)
+    """One layer where layers are alike: the engine knows nothing of them."""
+    layers = 1 if family in ("llama", "qwen3_moe") else None
+    return random_target(family, exact=exact, layers=layers)
 
 
 @functools.cache
@@ -51,7 +52,7 @@ def drafter(name: str, family: str = "llama") -> Drafter | None:
         return LookupDrafter()
     if name == "model":
         # Gemma 4's last layers share K/V of the others.
-        layers = {"llama": 1, "gemma4": None}.get(family, 3)
+        layers = {"llama": 2, "qwen3_moe": 2, "gemma4": None}.get(family, 3)
         return ModelDrafter(random_target(family, layers=layers, exact=False), vocab_size=VOCAB)
     if name == "itself":
         return ModelDrafter(model(family, exact=False), vocab_size=VOCAB)
@@ -100,12 +101,12 @@ def plain(sampling: str, family: str) -> list:
     ("name", "sampling"),
     [
         *itertools.product(["combined"], SAMPLING),  # what is mostly wrong
-        *itertools.product(["itself"], ["greedy", "T1", "penalties", "match"]),  # all of it right
+        *itertools.product(["itself"], ["greedy", "T1"]),  # all of it right
         # How the law is shaped is in the first ones, and both drafts are.
         *(
             pytest.param(*cell, marks=pytest.mark.slow)
             for cell in (
-                *itertools.product(["itself"], ["T.7 top", "min-p"]),
+                *itertools.product(["itself"], ["T.7 top", "min-p", "penalties", "match"]),
                 *itertools.product(["lookup", "model"], ["T1", "penalties"]),
             )
         ),
@@ -115,8 +116,17 @@ def test_the_tokens_are_those_of_plain_decoding(name: str, sampling: str) -> Non
     assert tokens_of(engine(name), SAMPLING[sampling]) == plain(sampling, "llama")
 
 
-@pytest.mark.parametrize("sampling", ["greedy", "T1"])
-@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize(
+    ("tree", "sampling"),
+    [
+        ("chain", "T1"),
+        ("tiny", "greedy"),
+        ("big", "T1"),
+        pytest.param("chain", "greedy", marks=pytest.mark.slow),
+        pytest.param("tiny", "T1", marks=pytest.mark.slow),
+        pytest.param("big", "greedy", marks=pytest.mark.slow),
+    ],
+)
 def test_the_shape_of_the_tree_does_not_show_in_the_tokens(tree: str, sampling: str) -> None:
     params = replace(SAMPLING[sampling], **TREES[tree])
     assert tokens_of(engine("combined"), params) == plain(sampling, "llama")
@@ -141,24 +151,25 @@ def test_the_tokens_are_those_of_plain_decoding_on_every_family(family: str, sam
 def test_a_draft_that_is_the_target_is_accepted_and_saves_rounds() -> None:
     """Without this the tests above could pass with a drafter that never proposes."""
     # A budget of its own is never trimmed by measured times.
-    params = SamplingParams(max_tokens=40, ignore_eos=True, width=1, tree_budget=15)
+    params = SamplingParams(max_tokens=24, ignore_eos=True, width=1, tree_budget=15)
     results = engine("itself").generate(PROMPTS, params)
     for result in results:
         assert result.stats.accepted_length > 2
         assert result.stats.accepted == result.stats.verified > 0
-        assert result.stats.committed == 39
-        assert result.stats.accepted == 39 - result.stats.rounds
+        assert result.stats.committed == 23
+        assert result.stats.accepted == 23 - result.stats.rounds
 
 
 @pytest.mark.parametrize("rule", ["rejection", "block"])
 def test_rejection_gives_the_same_text_again(rule: str) -> None:
     width = 1 if rule == "block" else None
     params = SamplingParams(
-        max_tokens=10, temperature=1.0, seed=5, rule=rule, tree_budget=6, width=width
+        max_tokens=8, temperature=1.0, seed=5, rule=rule, tree_budget=6, width=width
     )
-    first = tokens_of(engine("model"), params)
-    assert tokens_of(engine("model"), params) == first
-    alone = [tokens_of(engine("model"), params, [prompt])[0] for prompt in PROMPTS]
+    prompts = PROMPTS[:3]
+    first = tokens_of(engine("model"), params, prompts)
+    assert tokens_of(engine("model"), params, prompts) == first
+    alone = [tokens_of(engine("model"), params, [prompt])[0] for prompt in prompts]
     assert alone == first
 
 
@@ -178,13 +189,13 @@ def test_a_request_alone_and_in_a_batch_of_16_gives_the_same_text(name: str, sam
 
 
 def test_greedy_is_transformers_generate() -> None:
-    stock = random_model("llama", layers=2)
-    for prompt in PROMPTS:
+    stock = random_model("llama", layers=1)
+    texts = tokens_of(engine("model"), SamplingParams(max_tokens=14))
+    for prompt, text in zip(PROMPTS, texts, strict=True):
         expected = stock.generate(
-            torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=0
+            torch.tensor([prompt]), max_new_tokens=14, do_sample=False, pad_token_id=0
         )[0, len(prompt) :].tolist()
-        (result,) = engine("model").generate([prompt], SamplingParams(max_tokens=20))
-        assert result.token_ids == expected
+        assert text == expected
 
 
 def test_chunked_prefill_and_waiting_requests_change_nothing() -> None:
@@ -273,7 +284,7 @@ def test_logprobs_are_those_of_the_target(name: str) -> None:
     (result,) = engine(name).generate([PROMPTS[0]], params)
     ids = torch.tensor([PROMPTS[0] + result.token_ids])
     with torch.no_grad():
-        rows = random_model("llama", layers=2)(ids).logits[0].log_softmax(-1)
+        rows = random_model("llama", layers=1)(ids).logits[0].log_softmax(-1)
     for i, (token, entry) in enumerate(zip(result.token_ids, result.logprobs, strict=True)):
         row = rows[len(PROMPTS[0]) - 1 + i]
         assert entry.token_id == token
@@ -291,13 +302,14 @@ def test_bad_words_do_not_appear() -> None:
 
 
 def test_requests_join_leave_and_are_cancelled_between_rounds() -> None:
-    alone = tokens_of(engine("lookup"), SamplingParams(max_tokens=25))
+    params = SamplingParams(max_tokens=16)
+    alone = tokens_of(engine("lookup"), params, PROMPTS[:3])
     shared = engine("lookup")
-    first = shared.submit(PROMPTS[0], SamplingParams(max_tokens=25))[0]
+    first = shared.submit(PROMPTS[0], params)[0]
     for _ in range(3):
         shared.step()
-    second = shared.submit(PROMPTS[1], SamplingParams(max_tokens=25))[0]
-    doomed = shared.submit(PROMPTS[2], SamplingParams(max_tokens=25))[0]
+    second = shared.submit(PROMPTS[1], params)[0]
+    doomed = shared.submit(PROMPTS[2], params)[0]
     for _ in range(4):
         shared.step()
     shared.cancel(doomed)
@@ -391,19 +403,19 @@ def test_auto_off_stops_drafting_while_it_loses() -> None:
             from dspark.tree import DraftTree, Proposal
 
             next(self.calls)
-            time.sleep(0.02)
+            time.sleep(0.01)
             tree = DraftTree.build([1] * 4, [-1, 0, 1, 2])
             return [Proposal(tree)] * len(contexts)
 
         def release(self, request_id: int) -> None:
             pass
 
-    params = SamplingParams(max_tokens=120, ignore_eos=True)
+    params = SamplingParams(max_tokens=80, ignore_eos=True)
     garbage = Garbage()
     off = dspark.Engine(model(), drafter=garbage)
     (result,) = off.generate([[5, 6]], params)
     assert result.stats.speculation_switched_off > 0
-    assert next(garbage.calls) < 60
+    assert next(garbage.calls) < 40
     assert result.token_ids == tokens_of(engine(), params, [[5, 6]])[0]
 
 
@@ -450,15 +462,15 @@ def test_prompts_must_be_a_list() -> None:
 def test_a_shared_prefix_never_makes_a_request_fail() -> None:
     """A shared page holds its donor's whole segment, so dropping the donor frees nothing."""
     page = model().new_cache().page_bytes()
-    prompt = [3 + i % 90 for i in range(303)]
-    params = SamplingParams(max_tokens=440, ignore_eos=True)
+    prompt = [3 + i % 90 for i in range(503)]
+    params = SamplingParams(max_tokens=240, ignore_eos=True)
     small = engine(memory_limit=3 * page)
     first = small.submit(prompt, params)[0]
     for _ in range(20):
         small.step()
     small.cancel(first)
-    longer = SamplingParams(max_tokens=230, ignore_eos=True)  # into the third page
-    (result,) = small.generate([[*prompt[:300], 9, 9, 9]], longer)
+    longer = SamplingParams(max_tokens=30, ignore_eos=True)  # into the third page
+    (result,) = small.generate([[*prompt[:500], 9, 9, 9]], longer)
     assert result.error is None
 
 

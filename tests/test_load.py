@@ -128,9 +128,9 @@ def test_drafters_that_read_hidden_states_are_rebuilt(
     """On a wrapped transformers model with its own store, whose pages hold 256 tokens."""
     vocab = test_laws.VOCAB
     target = law_models.target_of("llama", vocab, exact=True)
-    params = replace(test_laws.mixed_params("chain")[0], max_tokens=90)
+    params = replace(test_laws.mixed_params("chain")[0], max_tokens=45)
     noisy = replace(params, temperature=0.9, rule="coupled")
-    prompts = [[(3 + i) % 6 for i in range(205)], [(3 + 2 * i) % 6 for i in range(180)]]
+    prompts = [[(3 + i) % 6 for i in range(240)], [(3 + 2 * i) % 6 for i in range(225)]]
     expected = dspark.Engine(target).generate(prompts, [params, noisy])
     limit = 3 * target.new_cache().page_bytes()
     config = dspark.EngineConfig(memory_limit=limit, auto_off=False)
@@ -447,7 +447,7 @@ def test_three_hundred_requests_end_and_leave_nothing_behind() -> None:
 def test_what_was_not_cancelled_in_the_soak_has_the_text_of_its_own() -> None:
     limits = dspark.RoundLimits(prefill_chunk=16, tree_budget=4, depth=3)
     own = engine("model", pages=36, max_batch=12, limits=limits)
-    requests = soak(own, 150)
+    requests = soak(own, 110)
     free = engine("none", pages=None)
     checked = 0
     for request in requests:

@@ -87,14 +87,14 @@ def feed(
     if history is not None or context.allowed is not None:
         paths = [growth.tree.path_tokens(node) for node in nodes]
     try:
-        masks = [None if context.allowed is None else context.allowed(path) for path in paths]
-        is_open = [
-            ok and _leaves_some(row, mask)
-            for ok, row, mask in zip(is_sound, logits, masks, strict=True)
-        ]
+        masks: list[BoolArray | None] | None = None
+        is_open = is_sound
+        if context.allowed is not None:
+            masks = [context.allowed(path) for path in paths]
+            is_open = _open_rows(logits, masks, is_sound)
         if not all(is_open):
             nodes, paths = _picked(nodes, is_open), _picked(paths, is_open)
-            masks = _picked(masks, is_open)
+            masks = None if masks is None else _picked(masks, is_open)
             logits = logits[torch.tensor(is_open, device=logits.device)]
             confidence = None if confidence is None else _picked(confidence, is_open)
         if not nodes:
@@ -119,9 +119,12 @@ def _picked(values: Sequence[_T], flags: Sequence[bool]) -> list[_T]:
     return [value for value, flag in zip(values, flags, strict=True) if flag]
 
 
-def _leaves_some(row: torch.Tensor, mask: BoolArray | None) -> bool:
-    """Whether a draft's logits [V] give mass to a token that the mask allows."""
-    if mask is None:
-        return True
-    allowed = row[torch.from_numpy(mask).to(row.device)]
-    return bool(allowed.numel()) and float(allowed.max()) > -math.inf
+def _open_rows(
+    logits: torch.Tensor, masks: Sequence[BoolArray | None], is_sound: Sequence[bool]
+) -> list[bool]:
+    """Whether a draft's logits [R, V] give mass to a token that the row's mask, if any, allows."""
+    host = logits.detach().to("cpu", torch.float32).numpy()
+    return [
+        ok and (mask is None or bool((row[mask] > -math.inf).any()))
+        for row, mask, ok in zip(host, masks, is_sound, strict=True)
+    ]

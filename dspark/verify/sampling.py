@@ -290,8 +290,14 @@ def _keep_allowed(row: Tensor, mask: BoolArray) -> None:
     """Remove what a mask [V] does not allow from one row [V] in place."""
     if len(mask) != row.shape[0]:
         raise ShapeError(f"a mask has width {len(mask)}, but the logits have {row.shape[0]}.")
-    row.masked_fill_(torch.from_numpy(~mask).to(row.device), -math.inf)
-    if float(row.max()) == -math.inf:
+    if row.device.type == "cpu":
+        host: HalfArray = row.detach().numpy()
+        host[~mask] = -np.inf
+        best = float(host.max())
+    else:
+        row.masked_fill_(torch.from_numpy(~mask).to(row.device), -math.inf)
+        best = float(row.max())
+    if best == -math.inf:
         raise CapabilityError(
             "the grammar and the other parameters leave no token that could come next.",
             hint="check the grammar for a dead end, and bad_words and logit_bias against it",

@@ -186,7 +186,7 @@ def test_drawn_children_come_from_the_laws_that_are_kept(given, rule, head):
 
 
 def test_the_output_has_the_targets_law_under_rejection(given):
-    """Toy size: 600 drafts, each with its own noise, judged by the real verifier."""
+    """Toy size: 400 drafts, each with its own noise, judged by the real verifier."""
     module = make_module(head="vanilla", vocab=DraftVocab.build(VOCAB, [1, 2, 3, 5]), block_size=2)
     drafter, params = DSparkDrafter(module), SamplingParams(temperature=1.0)
     law = np.zeros(VOCAB)
@@ -195,7 +195,7 @@ def test_the_output_has_the_targets_law_under_rejection(given):
     options = {"rule": Rule.REJECTION, "budget": 4, "depth": 2, "width": 2}
     contexts = [given(3, **options) for _ in range(100)]
     counts = np.zeros((2, VOCAB))
-    for start in range(0, 600, 100):
+    for start in range(0, 400, 100):
         for number, context in enumerate(contexts):
             context.request_id, context.noise = number, NoiseKey(start + number)
         proposals = drafter.propose(contexts)
@@ -225,7 +225,7 @@ def test_state_in_step_equals_scratch(given, style):
     drafter, rng = DSparkDrafter(module), np.random.default_rng(4)
     sizes = {seed: 2 + 20 * seed for seed in range(3)}
     known = dict.fromkeys(sizes, 0)  # rows handed over; rounds left out add up
-    for number in range(14):
+    for number in range(9):
         part = [seed for seed in sizes if (seed + number) % 3]
         contexts = [
             given(sizes[s], new=sizes[s] - 1 - known[s], seed=s, round=number) for s in part
@@ -423,9 +423,14 @@ def test_texts_in_common():
 PROMPTS = [[5, 6, 7, 5, 6, 7, 5, 6], [11], [20, 21, 22, 23] * 6]
 
 
+def target_of(family: str) -> dspark.target.Target:
+    """Two layers, as the drafts read what goes into them; Gemma 4's last ones share the others'."""
+    return random_target(family, exact=True, layers=None if family == "gemma4" else 2)
+
+
 def random_drafter(family: str, style: str, *, is_shared: bool = False) -> DSparkDrafter:
-    target = random_target(family, exact=True)
-    options = {"num_target_layers": target.info.num_layers, "target_layer_ids": (-1, 0, 1)}
+    target = target_of(family)
+    options = {"num_target_layers": target.info.num_layers, "target_layer_ids": (-1, 0)}
     if is_shared:
         options |= {"shares": target, "owns_embedding": False, "owns_head": False}
     module = make_module(style, "vanilla", **options)
@@ -436,16 +441,16 @@ def random_drafter(family: str, style: str, *, is_shared: bool = False) -> DSpar
     ("family", "style", "temperature"),
     [
         ("llama", "llama", 0.0),
-        ("qwen3", "qwen3", 1.0),
+        pytest.param("qwen3", "qwen3", 1.0, marks=pytest.mark.slow),  # greedy, it is below
         ("gemma3", "gemma4", 1.0),
         ("gemma4", "gemma4 with v", 1.0),
     ],
 )
 def test_behind_the_engine_the_tokens_are_those_of_plain_decoding(family, style, temperature):
     params = SamplingParams(
-        max_tokens=14, temperature=temperature, seed=5, ignore_eos=True, tree_budget=24, n=2
+        max_tokens=10, temperature=temperature, seed=5, ignore_eos=True, tree_budget=16, n=2
     )
-    target = random_target(family, exact=True)
+    target = target_of(family)
     config = dspark.EngineConfig(auto_off=False)
     plain = dspark.Engine(target, config=config).generate(PROMPTS, params)
     engine = dspark.Engine(target, drafter=random_drafter(family, style), config=config)
@@ -464,8 +469,8 @@ def test_behind_the_engine_rejection_gives_the_same_text_alone(rule):
     config = dspark.EngineConfig(auto_off=False)
 
     def texts(prompts):
-        target = random_target("llama", exact=True)
-        engine = dspark.Engine(target, drafter=random_drafter("llama", "llama"), config=config)
+        drafter = random_drafter("llama", "llama")
+        engine = dspark.Engine(target_of("llama"), drafter=drafter, config=config)
         return [r.token_ids for r in engine.generate(prompts, params)]
 
     assert [texts([prompt])[0] for prompt in PROMPTS] == texts(PROMPTS)
@@ -484,7 +489,7 @@ def test_in_bfloat16_the_tokens_are_those_of_plain_decoding():
 
 def test_auto_off_and_rounds_without_drafts_change_nothing():
     params = SamplingParams(max_tokens=24, ignore_eos=True, tree_budget=3)
-    target = random_target("qwen3", exact=True)
+    target = target_of("qwen3")
     plain = dspark.Engine(target).generate(PROMPTS, params)
     engine = dspark.Engine(target, drafter=random_drafter("qwen3", "qwen3"))
     results = engine.generate(PROMPTS, params)
@@ -511,9 +516,9 @@ def test_a_wrapped_target_shares_its_embedding_and_head(family):
 
 
 def test_a_module_without_embedding_and_head_uses_the_targets():
-    target = random_target("gemma3", exact=True)
+    target = target_of("gemma3")
     engine = dspark.Engine(target, drafter=random_drafter("gemma3", "qwen3", is_shared=True))
-    params = SamplingParams(max_tokens=12, ignore_eos=True, tree_budget=8)
+    params = SamplingParams(max_tokens=8, ignore_eos=True, tree_budget=8)
     plain = dspark.Engine(target).generate(PROMPTS, params)
     results = engine.generate(PROMPTS, params)
     assert [r.token_ids for r in results] == [r.token_ids for r in plain]

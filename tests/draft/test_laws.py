@@ -49,6 +49,9 @@ COMPARED = [
 QUICK = [CELLS[3 * i + j] for i, j in enumerate((0, 1, 2, 2, 0, 1, 0, 1))] + COMPARED[:1]
 """Every draft once, every rule but one, every target, all processors."""
 
+SLOW_ONLY = {"vanilla, few", "eagle3"}
+"""Their heads and vocabularies are in others of them; the second is drafted with below."""
+
 
 def p_of(kind: str, rule: str, family: str, processors: str, count: int) -> float:
     """The least p-value of a cell's tests."""
@@ -56,7 +59,9 @@ def p_of(kind: str, rule: str, family: str, processors: str, count: int) -> floa
     return smallest_p(target_of(family), drafter_of(kind), logits_of(family), params, count)
 
 
-@pytest.mark.parametrize(("kind", "rule", "family", "processors"), QUICK)
+@pytest.mark.parametrize(
+    ("kind", "rule", "family", "processors"), [cell for cell in QUICK if cell[0] not in SLOW_ONLY]
+)
 def test_sampled_texts_have_the_targets_law(
     kind: str, rule: str, family: str, processors: str
 ) -> None:
@@ -130,7 +135,7 @@ SHAPES = {"chain": {"width": 1, "tree_budget": 3}, "tree": {"width": 3, "tree_bu
 def mixed_params(shape: str) -> list[SamplingParams]:
     """Greedy, coupled and sample-match requests, two of each."""
     base = SamplingParams(
-        max_tokens=11, ignore_eos=True, seed=4, logit_bias=ALLOWED, **SHAPES[shape]
+        max_tokens=8, ignore_eos=True, seed=4, logit_bias=ALLOWED, **SHAPES[shape]
     )
     noisy = [replace(base, temperature=0.9, rule=rule) for rule in ("coupled", "sample-match")]
     return [base, noisy[0], noisy[1]] * 2
@@ -149,7 +154,11 @@ def plain_texts(family: str) -> list[list[int]]:
         pytest.param(kind, "chain", marks=pytest.mark.slow)  # which the tree has in it
         for kind in ("gated", "rnn", "dflash")
     ]
-    + [(kind, "tree") for kind in KINDS if kind not in ("vanilla", "eagle3")],
+    + [
+        pytest.param(kind, "tree", marks=pytest.mark.slow if kind == "vanilla, few" else ())
+        for kind in KINDS
+        if kind not in ("vanilla", "eagle3")
+    ],
 )
 def test_tokens_are_those_of_plain_decoding_in_mixed_batches(kind: str, shape: str) -> None:
     family = FAMILIES[(KINDS.index(kind) + list(SHAPES).index(shape)) % 3]

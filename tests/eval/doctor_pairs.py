@@ -84,14 +84,14 @@ def block_logits(module: DSparkModule, trace: Trace, anchors: Sequence[int]) -> 
 
 
 @functools.cache
-def fitted(steps: int = STEPS) -> DSparkModule:
-    """A DFlash-like module (no sequential head) that has learned the target's texts."""
+def fitted(steps: int = STEPS, count: int = 5) -> DSparkModule:
+    """A DFlash-like module (no sequential head) that has learned so many of the target's texts."""
     module = make_module(
         head="none", block_size=BLOCK, mask_token_id=MASK, target_layer_ids=LAYERS, seed=1
     )
     module.requires_grad_(True)
     optimizer = torch.optim.AdamW(module.parameters(), lr=4e-3)
-    traces = texts()
+    traces = texts(count)
     for _ in range(steps):
         loss = torch.zeros(())
         for trace in traces:

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import typer
 
 from dspark.commands.bench import bench_command
 from dspark.commands.bench_table import bench_tables
 from dspark.commands.tables import print_wide
 from dspark.errors import CheckpointError, ConfigError, DataError, DsparkError
 from dspark.eval.bench_log import BenchLog
+from tests.eval.commands import run_command
 from tests.eval.fake_server import serving
 from tests.test_cli import TEMPLATE, save_model
 
@@ -44,15 +44,10 @@ def prompts(tmp_path: Path) -> str:
 @pytest.fixture
 def run(model: str, prompts: str) -> Run:
     """Run the command; returns its exit status. Errors of ours are raised."""
-    app = typer.Typer()
-    app.command()(bench_command)
     fixed = ["--target", model, "--prompts", prompts, "--dtype", "float32", "--max-tokens", "6"]
 
     def invoke(*arguments: str) -> int:
-        try:
-            return int(app([*fixed, "--exact", *arguments], standalone_mode=False) or 0)
-        except typer.Exit as exc:
-            return exc.exit_code
+        return run_command(bench_command, *fixed, "--exact", *arguments)
 
     return invoke
 
@@ -71,9 +66,7 @@ def sweep(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     options += ["--runner", "transformers", "--runner", "transformers:lookup"]
     options += ["--concurrency", "1", "--concurrency", "2", "--repeats", "2", "--quiet"]
     options += ["--target", model, "--prompts", str(asked), "--out", str(out), "--exact"]
-    app = typer.Typer()
-    app.command()(bench_command)
-    app([*options, "--max-tokens", "6", "--dtype", "float32"], standalone_mode=False)
+    assert run_command(bench_command, *options, "--max-tokens", "6", "--dtype", "float32") == 0
     return out
 
 

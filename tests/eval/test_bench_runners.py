@@ -54,7 +54,7 @@ def digests(output: RunOutput) -> list[str | None]:
 
 
 def own(draft: str = "none", params: SamplingParams = GREEDY) -> OwnRunner:
-    engine = dspark.Engine(random_target(layers=2, exact=True), drafter=drafter(draft))
+    engine = dspark.Engine(random_target(layers=1, exact=True), drafter=drafter(draft))
     return OwnRunner(engine, params, auto_off=False)
 
 
@@ -78,7 +78,7 @@ def test_tokens_arrive_round_by_round() -> None:
     params = replace(GREEDY, width=1, tree_budget=5)
     config = dspark.EngineConfig(auto_off=False, limits=RoundLimits(keep_rounds=True))
     engine = dspark.Engine(
-        random_target(layers=2, exact=True), drafter=drafter("itself"), config=config
+        random_target(layers=1, exact=True), drafter=drafter("itself"), config=config
     )
     expected = engine.generate([list(ids) for ids in TOKENS], params)
     output = run(own("itself", params))
@@ -104,7 +104,7 @@ def test_time_and_cache_of_a_run_are_told() -> None:
     assert sum(output.stages.values()) == pytest.approx(output.seconds)
     assert all(output.stages[name] > 0 for name in ("prefill", "draft", "verify", "rest"))
     pages = 2  # two requests at a time
-    page = random_target(layers=2, exact=True).new_cache().page_bytes()
+    page = random_target(layers=1, exact=True).new_cache().page_bytes()
     assert output.cache_bytes >= pages * page
 
 
@@ -112,7 +112,7 @@ class Counted:
     """A target that counts the rows it runs."""
 
     def __init__(self) -> None:
-        self.target = random_target(layers=2, exact=True)
+        self.target = random_target(layers=1, exact=True)
         self.info, self.exactness = self.target.info, self.target.exactness
         self.new_cache = self.target.new_cache
         self.rows = 0
@@ -155,7 +155,7 @@ def test_a_prompt_that_cannot_be_run_fails_alone() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_model(tmp_path_factory.mktemp("models") / "llama", layers=2))
+    return str(save_model(tmp_path_factory.mktemp("models") / "llama"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -211,7 +211,7 @@ def test_speculation_of_transformers_is_seen_in_its_chunks(
 
 def test_end_tokens_end_an_answer_only_if_they_may(folder: str) -> None:
     """An end token chosen so that the first answer has it in its middle."""
-    engine = dspark.Engine(random_target(layers=2, exact=True))
+    engine = dspark.Engine(random_target(layers=1, exact=True))
     ids = engine.generate([list(TOKENS[0])], GREEDY)[0].token_ids
     eos = next(token for token in ids[3:] if ids.index(token) >= 3)
     end = ids.index(eos) + 1

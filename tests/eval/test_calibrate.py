@@ -68,7 +68,7 @@ def prompt_set(count: int) -> PromptSet:
     return PromptSet(name="toys", questions=tuple(questions))
 
 
-def observed(params: SamplingParams, count: int = 6) -> tuple[Observations, list]:
+def observed(params: SamplingParams, count: int = 5) -> tuple[Observations, list]:
     """What a recorder saw, and the log of rounds, which comes from the verifier."""
     engine, recorder = toy_engine(batch=1), OfferRecorder()
     drafter = engine.drafter
@@ -117,9 +117,9 @@ def test_outcomes_of_trees_are_the_verifiers(rule: str) -> None:
     accepted = sum(item.accepted for item in rounds)
     assert hits > 40
     if rule == "rejection":
-        assert accepted - 2 * 6 <= hits <= accepted
+        assert accepted - 2 * 5 <= hits <= accepted
     else:
-        assert hits >= accepted - 2 * 6
+        assert hits >= accepted - 2 * 5
     for family in seen.families:
         assert family.hit < 0 or family.is_reached
         assert bool(family.children.share) == (rule == "coupled")
@@ -272,7 +272,7 @@ def test_planted_temperatures_are_found_again() -> None:
     """The head is too sure at depth 1, not sure enough at depth 2, right at depth 3."""
     rng = np.random.default_rng(0)
     real = np.array([2.5, 0.5, 1.0])
-    logits = rng.normal(1.0, 2.0, size=(20_000, 3))
+    logits = rng.normal(1.0, 2.0, size=(8_000, 3))
     alive = rng.uniform(size=logits.shape) < sigmoid(logits / real)
     accepted = np.cumprod(alive, axis=1).astype(float)
     found = fit_temperatures(logits, accepted)
@@ -283,7 +283,8 @@ def test_planted_temperatures_are_found_again() -> None:
         assert calibration(pairs)["ece"] < 1.5 * ece_floor(survival[:, column])
 
 
-@pytest.mark.parametrize("is_drawn", [False, True])
+# Maps of both kinds are found again above, and a run under rejection is below.
+@pytest.mark.parametrize("is_drawn", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_held_out_positions_are_calibrated_to_two_percent(is_drawn: bool) -> None:
     """A head whose claim is wrong by a bias, which temperatures alone cannot mend."""
     real = truth(is_drawn=is_drawn, width=1, depth=2)

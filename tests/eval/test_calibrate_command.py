@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import typer
 
 import dspark
 from dspark.commands.calibrate import calibrate_command
@@ -17,6 +16,7 @@ from dspark.errors import CapabilityError, ConfigError, DataError, DsparkError
 from dspark.eval.results import describe_model
 from dspark.eval.runner import Runner
 from tests.draft.dspark_models import make_module
+from tests.eval.commands import run_command
 from tests.test_cli import save_model
 
 ROWS = [
@@ -46,17 +46,11 @@ def run(models: tuple[Path, Path], tmp_path: Path) -> Iterator[Run]:
     target, draft = models
     prompts = tmp_path / "tiny.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    app = typer.Typer()
-    app.command()(calibrate_command)
     fixed = ["--target", str(target), "--prompts", str(prompts), "--dtype", "float32", "--exact"]
-    fixed += ["--max-tokens", "16"]
+    fixed += ["--max-tokens", "12"]
 
     def invoke(*arguments: str, draft: str = str(draft)) -> int:
-        try:
-            arguments = (*fixed, "--draft", draft, *arguments)
-            return int(app(arguments, standalone_mode=False) or 0)
-        except typer.Exit as exc:
-            return exc.exit_code
+        return run_command(calibrate_command, *fixed, "--draft", draft, *arguments)
 
     yield invoke
     (draft / FILE_NAME).unlink(missing_ok=True)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import typer
 
 from dspark.commands import doctor as command
 from dspark.errors import CheckpointError, DataError
 from dspark.eval.doctor import run as doctor_run
+from dspark.eval.doctor import speed_check
 from dspark.eval.doctor.findings import CheckResult, DoctorReport, Finding, Severity
+from tests.eval.commands import run_command
 from tests.test_cli import TEMPLATE, save_model
 
 Run = Callable[..., int]
@@ -33,18 +35,13 @@ def cache(module_cache: Path) -> Path:
 @pytest.fixture
 def run(model: str, tmp_path: Path) -> Run:
     """Run the command; returns its exit status. Errors of ours are raised."""
-    app = typer.Typer()
-    app.command()(command.doctor)
     prompts = tmp_path / "tiny.jsonl"
     prompts.write_text(json.dumps({"question_id": 1, "turns": ["abcabcabc"]}) + "\n")
 
     def invoke(*arguments: str) -> int:
         fixed = ["--target", model, "--dtype", "float32", "--exact", "--quick", "--quiet"]
         more = ["--prompts", str(prompts), "--max-tokens", "12"]
-        try:
-            return int(app([*fixed, *more, *arguments], standalone_mode=False) or 0)
-        except typer.Exit as exc:
-            return exc.exit_code
+        return run_command(command.doctor, *fixed, *more, *arguments)
 
     return invoke
 
@@ -89,8 +86,14 @@ def report(*severities: Severity) -> DoctorReport:
 
 
 def test_lookup_on_a_tiny_model_is_looked_at(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # What a step costs is measured in two seconds otherwise.
+    brief = functools.partial(speed_check.quick_profile, seconds=0.2)
+    monkeypatch.setattr(speed_check, "quick_profile", brief)
     out = tmp_path / "doctor.json"
     status = run("--draft", "lookup", "--json", "--out", str(out))
     found = json.loads(capsys.readouterr().out)

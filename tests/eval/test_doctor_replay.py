@@ -22,9 +22,9 @@ def test_a_replay_has_the_rounds_of_the_engine(kind: str, width: int | None) -> 
     """The engine verifies with the target; the replay knows what it would say."""
 
     def drafter() -> dspark.draft.base.Drafter:
-        return DSparkDrafter(fitted(8), name="dflash") if kind == "dflash" else LookupDrafter()
+        return DSparkDrafter(fitted(8, 2), name="dflash") if kind == "dflash" else LookupDrafter()
 
-    traces = texts()[:2]
+    traces = texts(2)
     limits = RoundLimits(keep_rounds=True)
     config = dspark.EngineConfig(auto_off=False, max_batch=1, limits=limits)
     engine = dspark.Engine(target(), drafter=drafter(), config=config)
@@ -54,9 +54,9 @@ def test_a_replay_has_the_rounds_of_the_engine(kind: str, width: int | None) -> 
 
 def test_strides_put_every_variant_at_the_same_places() -> None:
     shape = ReplayConfig(budget=4, depth=4, width=1, stride=3, places=4)
-    traces = texts()
+    traces = texts(2)
     runs = [
-        replay(drafter, traces, shape) for drafter in (DSparkDrafter(fitted(8)), LookupDrafter())
+        replay(drafter, traces, shape) for drafter in (DSparkDrafter(fitted(8, 2)), LookupDrafter())
     ]
     places = [[(place.trace, place.context) for place in run.places] for run in runs]
     assert places[0] == places[1]
@@ -68,15 +68,15 @@ def test_strides_put_every_variant_at_the_same_places() -> None:
 def test_only_the_drafter_is_timed_and_its_first_call_is_left_out() -> None:
     clock = Clock()
     drafter = Wrapped(LookupDrafter(), clock, seconds=0.25)
-    run = replay(drafter, texts(), ReplayConfig(is_single=True, places=3), clock=clock)
-    assert len(run.places) == 3 * len(texts())
-    assert run.seconds == pytest.approx([0.25] * (2 * len(texts())))
+    run = replay(drafter, texts(2), ReplayConfig(is_single=True, places=3), clock=clock)
+    assert len(run.places) == 3 * 2
+    assert run.seconds == pytest.approx([0.25] * (2 * 2))
     assert run.draft_seconds == pytest.approx(0.25)
 
 
 def test_a_drafter_that_fails_is_reported_and_forgotten() -> None:
     clock = Clock()
-    run = replay(Broken(LookupDrafter(), clock), texts(), ReplayConfig())
+    run = replay(Broken(LookupDrafter(), clock), texts(2), ReplayConfig())
     assert run.error == "IndexError: index 7 is out of bounds"
     assert run.places == []
     assert run.tau == 1.0
@@ -84,7 +84,7 @@ def test_a_drafter_that_fails_is_reported_and_forgotten() -> None:
 
 def test_the_drafter_forgets_the_requests_of_a_replay() -> None:
     drafter = LookupDrafter()
-    replay(drafter, texts(), ReplayConfig(places=2))
+    replay(drafter, texts(2), ReplayConfig(places=2))
     assert drafter._states == {}
 
 

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import typer
 
 from dspark.commands.eval import eval_command
 from dspark.commands.eval_table import eval_tables
 from dspark.commands.tables import print_wide
 from dspark.errors import ConfigError, DataError, DsparkError
 from dspark.eval.log import RunLog
+from tests.eval.commands import run_command
 from tests.test_cli import TEMPLATE, save_model
 
 ROWS = [
@@ -43,15 +43,10 @@ def prompts(tmp_path: Path) -> str:
 @pytest.fixture
 def run(model: str, prompts: str) -> Run:
     """Run the command; returns its exit status. Errors of ours are raised."""
-    app = typer.Typer()
-    app.command()(eval_command)
     fixed = ["--target", model, "--prompts", prompts, "--dtype", "float32", "--max-tokens", "10"]
 
     def invoke(*arguments: str) -> int:
-        try:
-            return int(app([*fixed, "--exact", *arguments], standalone_mode=False) or 0)
-        except typer.Exit as exc:
-            return exc.exit_code
+        return run_command(eval_command, *fixed, "--exact", *arguments)
 
     return invoke
 

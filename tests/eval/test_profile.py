@@ -287,19 +287,23 @@ def test_files_that_are_no_tables_are_refused(tmp_path: Path) -> None:
 # -- the picture ------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def plots(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two pictures of each kind, of the same profile."""
+    folder = tmp_path_factory.mktemp("plots")
+    for name in ("a.svg", "a.png", "b.svg", "b.png"):
+        plot_profile(curve(JAGGED), folder / name)
+    return folder
+
+
 @pytest.mark.parametrize(("name", "start"), [("a.svg", b"<?xml"), ("a.png", b"\x89PNG")])
-def test_a_plot_is_a_picture_of_its_kind(tmp_path: Path, name: str, start: bytes) -> None:
-    path = tmp_path / name
-    plot_profile(curve(JAGGED), path)
-    assert path.read_bytes().startswith(start)
+def test_a_plot_is_a_picture_of_its_kind(plots: Path, name: str, start: bytes) -> None:
+    assert (plots / name).read_bytes().startswith(start)
 
 
 @pytest.mark.parametrize("kind", ["svg", "png"])
-def test_the_same_profile_makes_the_same_file(tmp_path: Path, kind: str) -> None:
-    paths = [tmp_path / f"{name}.{kind}" for name in "ab"]
-    for path in paths:
-        plot_profile(curve(JAGGED), path)
-    assert paths[0].read_bytes() == paths[1].read_bytes()
+def test_the_same_profile_makes_the_same_file(plots: Path, kind: str) -> None:
+    assert (plots / f"a.{kind}").read_bytes() == (plots / f"b.{kind}").read_bytes()
 
 
 def test_a_plot_without_matplotlib_is_one_sentence(

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import typer
 
 from dspark.commands import profile as command
 from dspark.errors import ConfigError, DataError, DsparkError
 from dspark.eval.profile import Profile, read_profile
+from tests.eval.commands import run_command
 from tests.eval.test_profile import JAGGED, curve
 from tests.test_cli import save_model
 
@@ -34,15 +35,10 @@ def cache(module_cache: Path) -> Path:
 @pytest.fixture
 def run(model: str) -> Run:
     """Run the command; returns its exit status. Errors of ours are raised."""
-    app = typer.Typer()
-    app.command()(command.profile)
 
     def invoke(*arguments: str) -> int:
         fixed = ["--target", model, "--dtype", "float32", "--no-exact"]
-        try:
-            return int(app([*fixed, *arguments], standalone_mode=False) or 0)
-        except typer.Exit as exc:
-            return exc.exit_code
+        return run_command(command.profile, *fixed, *arguments)
 
     return invoke
 
@@ -104,8 +100,12 @@ def test_an_interrupted_profile_exits_130_and_is_not_kept(
 
 
 def test_a_quick_profile_is_printed_and_not_kept(
-    run: Run, capsys: pytest.CaptureFixture[str], cache: Path
+    run: Run, capsys: pytest.CaptureFixture[str], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from dspark.eval import profile_measure
+
+    brief = functools.partial(profile_measure.quick_profile, seconds=0.2)
+    monkeypatch.setattr(profile_measure, "quick_profile", brief)
     before = sorted(cache.rglob("profiles/*.json"))
     assert run("--quick", "--json") == 0
     assert len(json.loads(capsys.readouterr().out)["rows"]) >= 2

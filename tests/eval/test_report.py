@@ -138,8 +138,8 @@ def test_a_page_loads_nothing(whole: Whole) -> None:
     assert not re.findall(r"url\((?!#)", outside)
 
 
-def test_no_script_but_the_pages_own_may_run(files: Files) -> None:
-    found = Document(html_of(files(bench_results())))
+def test_no_script_but_the_pages_own_may_run(whole: Whole) -> None:
+    found = Document(whole.html)
     digest = hashlib.sha256(found.scripts[-1].encode()).digest()
     (policy,) = (value for value in found.values("content") if "default-src" in value)
     assert f"script-src 'sha256-{base64.b64encode(digest).decode()}'" in policy

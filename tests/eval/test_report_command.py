@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import typer
 
 from dspark.commands.report import report
 from dspark.errors import ConfigError, DataError
+from tests.eval.commands import run_command
 from tests.eval.report_samples import audit_results, profile_results, write
 
 Run = Callable[..., None]
@@ -19,11 +19,9 @@ Run = Callable[..., None]
 @pytest.fixture
 def run() -> Run:
     """Run the command; errors of ours are raised."""
-    app = typer.Typer()
-    app.command()(report)
 
     def invoke(*arguments: str | Path) -> None:
-        app([str(argument) for argument in arguments], standalone_mode=False)
+        assert run_command(report, *map(str, arguments)) == 0
 
     return invoke
 

@@ -34,8 +34,8 @@ QUESTIONS = (
     Question(question_id=3, category="two", turns=("the cat the cat the",)),
 )
 PROMPTS = PromptSet(name="tiny", questions=QUESTIONS)
-GREEDY = SamplingParams(max_tokens=10)
-SAMPLED = SamplingParams(max_tokens=10, temperature=1.0, tree_budget=8, depth=4, ignore_eos=True)
+GREEDY = SamplingParams(max_tokens=8)
+SAMPLED = SamplingParams(max_tokens=8, temperature=1.0, tree_budget=8, depth=4, ignore_eos=True)
 
 
 def codec(template: str | None = TEMPLATE) -> TextCodec:
@@ -78,8 +78,21 @@ def untimed_turn(turn: TurnRecord) -> TurnRecord:
 # -- the log of rounds ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("draft", ["lookup", "combined"])
-@pytest.mark.parametrize("params", [GREEDY, SAMPLED, replace(SAMPLED, rule="rejection")])
+DRAWN = replace(SAMPLED, rule="rejection")
+
+
+@pytest.mark.parametrize(
+    ("draft", "params"),
+    [
+        ("lookup", GREEDY),
+        ("combined", SAMPLED),
+        ("combined", DRAWN),
+        *(
+            pytest.param(*cell, marks=pytest.mark.slow)
+            for cell in (("lookup", SAMPLED), ("lookup", DRAWN), ("combined", GREEDY))
+        ),
+    ],
+)
 def test_the_log_of_rounds_adds_up(draft: str, params: SamplingParams) -> None:
     for record in ask(draft, params):
         for turn in record.turns:

@@ -110,13 +110,13 @@ def test_requests_under_way_are_arrivals_times_the_time_they_stay() -> None:
         (Fixed(10), Lognormal(20, 0.5)),
         rate=0.1,
         replicas=1,
-        requests=100,
+        requests=50,
         warm_up=0,
         rng=rng,
     )
     outcome = _serve("plain", replace(drawn, drains=True), max_batch=4)
     stays = np.concatenate(outcome.finished.whole) - np.concatenate(outcome.finished.waited)
-    assert len(stays) == 100
+    assert len(stays) == 50
     assert float(outcome.request_seconds.sum()) == pytest.approx(float(stays.sum()), rel=1e-9)
     assert np.concatenate(outcome.finished.waited).max() > 0
 
@@ -346,8 +346,8 @@ def test_stated_confidence_is_calibrated() -> None:
 def test_a_stated_tree_finds_more_than_its_chain() -> None:
     rates = (0.7, 0.6, 0.5)
     chain = chain_pool(rates, name="c", auroc=0.8)
-    tree = tree_pool(rates, name="t", recovery=0.5, budget=12, auroc=0.8, size=4000)
-    narrow = tree_pool(rates, name="n", recovery=0.5, budget=3, width=1, auroc=0.8, size=4000)
+    tree = tree_pool(rates, name="t", recovery=0.5, budget=12, auroc=0.8, size=2000)
+    narrow = tree_pool(rates, name="n", recovery=0.5, budget=3, width=1, auroc=0.8, size=2000)
     assert narrow.mean_committed(3) == pytest.approx(chain.mean_committed(3), abs=0.06)
     assert tree.mean_committed(12) > chain.mean_committed(3) + 0.3
     assert (np.diff(tree.survival, axis=1) <= 0).all()
@@ -360,7 +360,7 @@ def test_a_stated_tree_finds_more_than_its_chain() -> None:
 @given(st.lists(st.floats(0.05, 0.95), min_size=1, max_size=4), st.integers(0, 1000))
 def test_free_rows_make_longer_proposals_no_slower(rates: list[float], seed: int) -> None:
     pool = chain_pool(rates, name="p", size=2000, seed=seed)
-    work = _drained([250] * 8)
+    work = _drained([120] * 8)
     took = [
         float(_serve(f"fixed:{count}", work, pool, seed=seed, max_batch=8).seconds.sum())
         for count in range(1, len(rates) + 1)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import typer
 
 from dspark.commands import simulate as command
 from dspark.errors import DsparkError
@@ -15,7 +15,9 @@ from dspark.eval.log import RunLog
 from dspark.eval.prompts import Question
 from dspark.eval.report import build_page, render_html, render_markdown
 from dspark.eval.results import write_results
+from dspark.eval.simulate import parametric, setup
 from dspark.eval.simulate.sweep import Sweep
+from tests.eval.commands import run_command
 from tests.eval.log_of import chain_round, record_of, turn_of
 from tests.eval.test_profile import JAGGED, curve
 
@@ -26,19 +28,19 @@ SMALL = (
 )
 
 
+_chain_pool = functools.cache(parametric.chain_pool)
+
+
+@pytest.fixture
+def same_draft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that ask for the same acceptance share its rounds, which take time to draw."""
+    monkeypatch.setattr(setup, "chain_pool", _chain_pool)
+
+
 @pytest.fixture
 def run() -> Run:
     """Run the command; returns its exit status. Errors of ours are raised."""
-    app = typer.Typer()
-    app.command()(command.simulate)
-
-    def invoke(*arguments: str) -> int:
-        try:
-            return int(app(list(arguments), standalone_mode=False) or 0)
-        except typer.Exit as exc:
-            return exc.exit_code
-
-    return invoke
+    return functools.partial(run_command, command.simulate)
 
 
 def _log(path: Path) -> Path:
@@ -53,6 +55,7 @@ def _log(path: Path) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("same_draft")
 def test_points_comparisons_and_assumptions_are_printed_written_and_drawn(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -79,7 +82,7 @@ def test_points_comparisons_and_assumptions_are_printed_written_and_drawn(
 
 def test_the_same_seed_makes_the_same_points(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     texts = []
-    less = ("--policy", "dspark", "--policy", "plain", "--baseline", "plain")
+    less = ("--policy", "dspark", "--policy", "plain", "--baseline", "plain", "--acceptance", ".8")
     for seed in ("3", "3", "4"):
         assert run(*SMALL, *less, "--quiet", "--seed", seed) == 0
         texts.append(capsys.readouterr().out)
@@ -104,15 +107,17 @@ def test_recorded_rounds_and_measured_steps_make_points(
     assert results["settings"]["prompt_tokens"] == "as recorded"
 
 
+@pytest.mark.usefixtures("same_draft")
 def test_arrivals_instead_of_a_closed_loop(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--rate", "1,2", "--policy", "plain", "--max-batch", "8", "--baseline", "plain")
     small = [part for part in SMALL if part not in ("--concurrency", "1,4")]
-    assert run(*small, *options, "--requests", "40", "--json") == 0
+    assert run(*small, *options, "--requests", "30", "--json") == 0
     points = json.loads(capsys.readouterr().out)["points"]
     assert [point["rate"] for point in points] == [1.0, 2.0]
     assert points[1]["mean_under_way"] > points[0]["mean_under_way"] > 0
 
 
+@pytest.mark.usefixtures("same_draft")
 def test_what_is_done_after_ctrl_c_is_kept(
     run: Run,
     tmp_path: Path,
@@ -158,6 +163,7 @@ def test_what_is_done_after_ctrl_c_is_kept(
         (("--out", "nowhere/x.json"), "there is no such folder"),
     ],
 )
+@pytest.mark.usefixtures("same_draft")
 def test_wrong_input_is_one_sentence(run: Run, options: tuple[str, ...], said: str) -> None:
     small = ("--model", "v4-tiny-dspark", "--requests", "20")
     loads = () if {"--rate", "--concurrency"} & set(options) else ("--concurrency", "1")
@@ -165,6 +171,7 @@ def test_wrong_input_is_one_sentence(run: Run, options: tuple[str, ...], said: s
         run(*small, *loads, *options)
 
 
+@pytest.mark.usefixtures("same_draft")
 def test_a_report_shows_it(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "s.json"
     assert run(*SMALL, "--speed", "100", "--out", str(out), "--quiet") == 0

@@ -27,7 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, module_cache: Path) -> str:
     """A tiny llama with the toys' tokenizer, in a folder; checks at load are kept for one run."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     config = FAMILIES["llama"]()
-    config.vocab_size, config.num_hidden_layers = len(toy_codec().vocabulary()) + 4, 2
+    config.vocab_size, config.num_hidden_layers = len(toy_codec().vocabulary()) + 4, 1
     config.eos_token_id = toy_codec().eos_token_ids[0]
     torch.manual_seed(3)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)

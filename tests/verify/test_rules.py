@@ -162,7 +162,7 @@ def random_pair(seed: int, size: int, spread: float) -> tuple[torch.Tensor, torc
 
 def test_a_coupled_chain_agrees_at_least_as_often_as_the_bound() -> None:
     """Daliri, Musco, Suresh 2024: (1 - TV) / (1 + TV)."""
-    n = 8000
+    n = 5000
     keys, at = [NoiseKey(s) for s in range(n)], [0] * n
     for seed in range(6):
         target, draft = random_pair(seed, 12, 0.3 + 0.4 * seed)

@@ -30,6 +30,7 @@ from dspark.verify.rules import walk_rejection
 from dspark.verify.scheduler import Offer, Scheduler
 from dspark.verify.scheduler_order import in_judging_order
 from dspark.verify.scheduler_setting import Schedule, ScheduleKind
+from tests.conftest import examples
 from tests.eval.toys import VOCAB, toy_pair
 from tests.verify.scheduling import chain_of, jagged, lines, load_of, masks, plan, rounds
 
@@ -210,7 +211,7 @@ def twins(draw: st.DrawFn) -> tuple:
 
 @pytest.mark.parametrize("is_promised", [False, True])
 @pytest.mark.parametrize("schedule", STRICT)
-@settings(max_examples=15)
+@examples(8, 60)
 @given(made=twins())
 def test_a_request_with_the_same_noise_has_no_say(
     schedule: str, is_promised: bool, made: tuple
