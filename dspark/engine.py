@@ -128,6 +128,7 @@ class Engine:
         device: str = "auto",
         exact: bool | None = None,
         quant: str = "none",
+        draft_quant: str = "auto",
         threads: int | None = None,
         expert_memory: int | str | None = None,
         think: bool | None = None,
@@ -148,6 +149,8 @@ class Engine:
             exact: Exact mode: True, False, or None to let the probe at load decide.
             quant: Round the weights of linear layers to "int8" or "int4" as they are loaded: faster
                 on CPUs, and another model, which speculation is lossless against.
+            draft_quant: The same for the draft: "none", "int8", or "auto", which rounds a draft
+                module where that is faster, and a draft model as the target. Texts keep their law.
             threads: CPU threads, None for torch's own choice.
             expert_memory: Bytes ("32GiB") of routed experts to keep in memory, the others being
                 read from disk as they are wanted (DeepSeek-V4); None keeps all.
@@ -175,6 +178,7 @@ class Engine:
             device=device,
             exact=exact,
             quant=quant,
+            draft_quant=draft_quant,
             threads=threads,
             expert_memory=expert_memory,
             think=think,

@@ -36,6 +36,7 @@ __all__ = [
     "RNNHead",
     "build_head",
     "few_rows",
+    "project",
 ]
 
 _FEW = 3  # rows up to which F.linear reads the weights once on a CPU
@@ -116,6 +117,14 @@ def few_rows(rows: Tensor, weight: Tensor) -> Tensor:
     return (weight @ rows.T).T
 
 
+def project(rows: Tensor, layer: nn.Module) -> Tensor:
+    """`few_rows` of a linear layer without biases, or what another kind of layer makes of rows."""
+    if isinstance(layer, nn.Linear):
+        return few_rows(rows, layer.weight)
+    product: Tensor = layer(rows)
+    return product
+
+
 class MarkovHead(nn.Module):
     """Vanilla head, and the interface of all.
 
@@ -170,7 +179,7 @@ class MarkovHead(nn.Module):
             (bias [R, Vd], states [R, S] that the children continue from).
         """
         latent, after = self.latent(state, self.embed(tokens), hidden)
-        return few_rows(latent, self.markov_w2.weight), after
+        return project(latent, self.markov_w2), after
 
     def unroll(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """Biases along known branches, for training.

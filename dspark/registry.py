@@ -20,12 +20,24 @@ if TYPE_CHECKING:
     from dspark.target import Target
     from dspark.text import TextCodec
 
-__all__ = ["LoadOptions", "LoadedTarget", "QUANTS", "TargetLoader", "find_loader", "load_target"]
+__all__ = [
+    "DRAFT_QUANTS",
+    "LoadOptions",
+    "LoadedTarget",
+    "QUANTS",
+    "TargetLoader",
+    "find_loader",
+    "load_target",
+    "pack_draft",
+]
 
 GROUP = "dspark.targets"
 
 QUANTS = ("none", "int8", "int4")
 """Values of LoadOptions.quant."""
+
+DRAFT_QUANTS = ("auto", "none", "int8")
+"""Values of LoadOptions.draft_quant."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +59,8 @@ class LoadOptions:
             or "auto", the faster one on this machine.
         quant: What the weights of linear layers are rounded to: "none", "int8" or "int4". Only for
             targets that can (those that wrap transformers).
+        draft_quant: The same for the draft: "none", "int8", or "auto", which rounds a draft module
+            where that is faster, and a draft model as its target.
     """
 
     name: str
@@ -59,6 +73,7 @@ class LoadOptions:
     has_many_rows: bool = False
     path: str = "auto"
     quant: str = "none"
+    draft_quant: str = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,8 +145,9 @@ def load_target(folder: Path, options: LoadOptions) -> LoadedTarget:
     Raises:
         CheckpointError: If there is no readable config.json, or nothing handles it.
         CapabilityError: If `quant` is asked of a loader without the attribute `can_quantise`.
-        ConfigError: If `quant` is none of QUANTS.
+        ConfigError: If `quant` is none of QUANTS, or `draft_quant` none of DRAFT_QUANTS.
     """
+    _check_draft_quant(options.draft_quant)
     if options.quant not in QUANTS:
         raise ConfigError(f"quant is {options.quant!r}, but must be one of {', '.join(QUANTS)}.")
     path = folder / "config.json"
@@ -150,3 +166,32 @@ def load_target(folder: Path, options: LoadOptions) -> LoadedTarget:
             hint="leave out --quant",
         )
     return loader.load(folder, options)
+
+
+def pack_draft(module: object, options: LoadOptions) -> str:
+    """Put the linear layers of a draft module on packed weights, where a loader knows how.
+
+    Such a loader has a method `pack_draft(module, draft_quant, path)` that does what this does.
+
+    Args:
+        module: The module, which is changed in place.
+        options: `draft_quant` and `path` say how.
+
+    Returns:
+        How the weights are stored now, "" if they are left as they are.
+
+    Raises:
+        ConfigError: If `draft_quant` or `path` is none of its values.
+    """
+    _check_draft_quant(options.draft_quant)
+    for point in entry_points(group=GROUP):
+        pack = getattr(point.load(), "pack_draft", None)
+        if pack is not None:
+            return str(pack(module, options.draft_quant, options.path))
+    return ""
+
+
+def _check_draft_quant(quant: str) -> None:
+    if quant not in DRAFT_QUANTS:
+        values = ", ".join(DRAFT_QUANTS)
+        raise ConfigError(f"draft_quant is {quant!r}, but must be one of {values}.")

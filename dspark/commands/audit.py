@@ -14,6 +14,7 @@ from dspark.commands import console as ui
 from dspark.commands.console import (
     DeviceOption,
     DraftOption,
+    DraftQuantOption,
     DtypeOption,
     ExactOption,
     ExpertMemoryOption,
@@ -75,6 +76,7 @@ def audit(  # noqa: PLR0913 - one parameter per option is how Typer works
     seed: Annotated[int, typer.Option("--seed", help="First seed of the noise.")] = 0,
     dtype: DtypeOption = "auto",
     quant: QuantOption = "none",
+    draft_quant: DraftQuantOption = "auto",
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     exact: ExactOption = None,
@@ -113,6 +115,7 @@ def audit(  # noqa: PLR0913 - one parameter per option is how Typer works
         draft=draft,
         dtype=dtype,
         quant=quant,
+        draft_quant=draft_quant,
         device=device,
         threads=threads,
         exact=exact,

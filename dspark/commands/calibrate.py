@@ -14,6 +14,7 @@ from dspark.commands import console as ui
 from dspark.commands.console import (
     DeviceOption,
     DraftOption,
+    DraftQuantOption,
     DtypeOption,
     EffortOption,
     ExactOption,
@@ -106,6 +107,7 @@ def calibrate_command(  # noqa: PLR0913 - one parameter per option is how Typer 
     ] = False,
     dtype: DtypeOption = "auto",
     quant: QuantOption = "none",
+    draft_quant: DraftQuantOption = "auto",
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     exact: ExactOption = None,
@@ -136,6 +138,7 @@ def calibrate_command(  # noqa: PLR0913 - one parameter per option is how Typer 
         draft=draft,
         dtype=dtype,
         quant=quant,
+        draft_quant=draft_quant,
         device=device,
         threads=threads,
         exact=exact,

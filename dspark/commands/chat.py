@@ -15,6 +15,7 @@ from dspark.commands import console as ui
 from dspark.commands.console import (
     DeviceOption,
     DraftOption,
+    DraftQuantOption,
     DtypeOption,
     EffortOption,
     ExactOption,
@@ -51,6 +52,7 @@ def chat(  # noqa: PLR0913 - one parameter per option is how Typer works
     ] = None,
     dtype: DtypeOption = "auto",
     quant: QuantOption = "none",
+    draft_quant: DraftQuantOption = "auto",
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     exact: ExactOption = None,
@@ -72,6 +74,7 @@ def chat(  # noqa: PLR0913 - one parameter per option is how Typer works
         draft=draft,
         dtype=dtype,
         quant=quant,
+        draft_quant=draft_quant,
         device=device,
         threads=threads,
         exact=exact,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DeviceOption",
     "DraftOption",
+    "DraftQuantOption",
     "DtypeOption",
     "EffortOption",
     "ExactOption",
@@ -63,6 +64,12 @@ DtypeOption: TypeAlias = Annotated[
 QuantOption: TypeAlias = Annotated[
     str,
     typer.Option("--quant", help="Round the target's weights: none, int8 or int4 (another model)."),
+]
+DraftQuantOption: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--draft-quant", help="Round the draft's weights: auto, none or int8 (speed only)."
+    ),
 ]
 DeviceOption: TypeAlias = Annotated[str, typer.Option("--device", help="auto, cpu, cuda ...")]
 JsonSchemaOption: TypeAlias = Annotated[
@@ -194,6 +201,7 @@ def load_engine(  # noqa: PLR0913 - the options that commands share
     threads: int | None,
     exact: bool | None,
     quant: str = "none",
+    draft_quant: str = "auto",
     expert_memory: str | None = None,
     think: bool | None = None,
     effort: str | None = None,
@@ -219,6 +227,7 @@ def load_engine(  # noqa: PLR0913 - the options that commands share
             threads=threads,
             exact=exact,
             quant=quant,
+            draft_quant=draft_quant,
             expert_memory=expert_memory,
             think=think,
             effort=effort,
@@ -292,6 +301,12 @@ def print_stats(console: Console, engine: Engine, results: Sequence[GenerationRe
         print_note(console, line)
 
 
+def _draft(engine: Engine) -> str:
+    """The drafter's name, and how its weights are packed if they are."""
+    weights = getattr(engine.drafter, "weights", "")
+    return f"{engine.drafter.name} ({weights} weights)" if weights else engine.drafter.name
+
+
 def _summary(engine: Engine, stats: Sequence[RequestStats]) -> list[str]:
     """Lines about all samples together: acceptance by depth, time, model, exact mode."""
     lines = []
@@ -319,7 +334,7 @@ def _summary(engine: Engine, stats: Sequence[RequestStats]) -> list[str]:
     info, exactness = engine.target.info, engine.target.exactness
     dtype = precision(info.dtype, info.quant)
     lines.append(
-        f"target {info.name} ({info.family}, {dtype}, {info.device}), draft {engine.drafter.name}"
+        f"target {info.name} ({info.family}, {dtype}, {info.device}), draft {_draft(engine)}"
     )
     lines.append(
         f"exact mode {exactness.reason}; linear kernel {exactness.backend}, "

@@ -13,6 +13,7 @@ from dspark.commands import console as ui
 from dspark.commands.console import (
     DeviceOption,
     DraftOption,
+    DraftQuantOption,
     DtypeOption,
     EffortOption,
     ExactOption,
@@ -80,6 +81,7 @@ def generate(  # noqa: PLR0913 - one parameter per option is how Typer works
     ] = "auto",
     dtype: DtypeOption = "auto",
     quant: QuantOption = "none",
+    draft_quant: DraftQuantOption = "auto",
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
@@ -138,6 +140,7 @@ def generate(  # noqa: PLR0913 - one parameter per option is how Typer works
         draft=draft,
         dtype=dtype,
         quant=quant,
+        draft_quant=draft_quant,
         device=device,
         threads=threads,
         exact=exact,

@@ -104,6 +104,12 @@ class CombinedDrafter:
             for i, (context, first) in enumerate(zip(contexts, firsts, strict=True))
         ]
 
+    @property
+    def weights(self) -> str:
+        """How the weights of a draft module among them are packed, "" where none is."""
+        found = (getattr(drafter, "weights", "") for drafter in (self._first, self._second))
+        return next((str(weights) for weights in found if weights), "")
+
     def observe(self, contexts: Sequence[DraftContext]) -> None:
         """Let those of them that follow the target's hidden states take these in."""
         for drafter in (self._first, self._second):

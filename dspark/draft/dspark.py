@@ -123,6 +123,8 @@ class DSparkDrafter:
 
     Attributes:
         config: Settings in force; may be replaced between rounds.
+        weights: How the module's weights are packed (`dspark.registry.pack_draft`), "" where they
+            are not.
     """
 
     def __init__(
@@ -134,6 +136,7 @@ class DSparkDrafter:
     ) -> None:
         self._module = module
         self.config = config or DSparkDrafterConfig()
+        self.weights = ""
         self._name = name
         self._device = module.device
         self._vocab = module.vocab.to(self._device)
@@ -141,6 +144,11 @@ class DSparkDrafter:
         self._sizes = [None if w is None else w.size for w in self._windows]
         self._caches: dict[int, ContextCache] = {}
         self._warn = WarnOnce(name)
+
+    @property
+    def module(self) -> BlockModule:
+        """The module."""
+        return self._module
 
     @property
     def name(self) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dspark.draft.backbone import Attend, DraftLayer, RMSNorm, Rotary, attend_rows
 from dspark.draft.dspark_config import DSparkConfig, Window
 from dspark.errors import CapabilityError, ConfigError
-from dspark.mtp_head import ConfidenceHead, DraftVocab, MarkovHead, build_head, few_rows
+from dspark.mtp_head import ConfidenceHead, DraftVocab, MarkovHead, build_head, few_rows, project
 from dspark.target import HeadRows, SharesHead, SharesHeadRows
 
 __all__ = ["DSparkModule"]
@@ -57,6 +57,7 @@ class DSparkModule(nn.Module):
             )
         self.shares = shares  # not a module: its weights are the target's
         self.head_rows: HeadRows | None = None
+        self._head: nn.Module | None = None  # in place of the rows, with their bias
         backbone = config.backbone
         hidden, eps = backbone.hidden_size, backbone.norm_eps
         if config.owns_embedding:
@@ -127,7 +128,7 @@ class DSparkModule(nn.Module):
     def base_logits(self, hidden: Tensor) -> Tensor:
         """Base logits U, float32 [N, Vd], of hidden states [N, D]."""
         if self.config.owns_head:
-            logits = few_rows(hidden, self.lm_head.weight)
+            logits = project(hidden, self.lm_head)
             return _soft_capped(logits.float(), self.config.logit_softcap)
         if self.head_rows is None:
             if self.shares is None:
@@ -155,12 +156,44 @@ class DSparkModule(nn.Module):
         bias = None if rows.bias is None else rows.bias.to(weight.device, weight.dtype)
         self.head_rows = HeadRows(rows.weight.to(weight.device, weight.dtype), bias, rows.softcap)
 
+    def take_head(self) -> nn.Linear | None:
+        """The rows of the target's head that drafting predicts with, as a layer with their bias.
+
+        Returns:
+            The layer, for `use_head`; None where the module has a head of its own or uses all of
+            the target's.
+
+        Raises:
+            CapabilityError: If the target does not give its head's rows away.
+        """
+        if not self.config.needs_head_rows:
+            return None
+        self.take_head_rows()
+        rows = self.head_rows
+        if rows is None:
+            return None
+        outputs, inputs = rows.weight.shape
+        layer = nn.Linear(inputs, outputs, bias=rows.bias is not None, device="meta")
+        layer.weight = nn.Parameter(rows.weight, requires_grad=False)
+        if rows.bias is not None:
+            layer.bias = nn.Parameter(rows.bias, requires_grad=False)
+        return layer
+
+    def use_head(self, layer: nn.Module) -> None:
+        """Predict with a layer in place of the rows that `take_head` gave, which are let go."""
+        softcap = None if self.head_rows is None else self.head_rows.softcap
+        self.head_rows = HeadRows(self.fc.weight.new_empty(0), None, softcap)
+        self._head = layer
+
     def _shared_logits(self, hidden: Tensor, rows: HeadRows | None) -> Tensor:
         if rows is None:
             raise ConfigError("the rows of the target's head have not been taken.")
-        logits = few_rows(hidden, rows.weight)
-        if rows.bias is not None:
-            logits = logits + rows.bias
+        if self._head is not None:
+            logits: Tensor = self._head(hidden)
+        else:
+            logits = few_rows(hidden, rows.weight)
+            if rows.bias is not None:
+                logits = logits + rows.bias
         return _soft_capped(logits.float(), rows.softcap)
 
     def confidence(self, hidden: Tensor, tokens: Tensor) -> Tensor | None:

@@ -117,6 +117,8 @@ class Eagle3Drafter:
 
     Attributes:
         config: Settings in force; may be replaced between rounds.
+        weights: How the module's weights are packed (`dspark.registry.pack_draft`), "" where they
+            are not.
 
     Raises:
         CapabilityError: If neither the draft nor the target has an embedding to offer.
@@ -135,12 +137,18 @@ class Eagle3Drafter:
                 hint="use a draft whose checkpoint holds embed_tokens.weight",
             )
         self._module = module.eval()
+        self.weights = ""
         self._lent_embed = None if module.config.has_embedding else embed
         self.config = config or GrowthConfig()
         self._capture = tuple(sorted(set(module.config.target_layers)))
         self._vocab = DraftVocab(module.config.vocab_size, module.target_ids())
         self._states: dict[int, DraftState] = {}
         self._warn = WarnOnce("eagle3")
+
+    @property
+    def module(self) -> Eagle3Module:
+        """The network."""
+        return self._module
 
     @property
     def name(self) -> str:

@@ -37,6 +37,10 @@ class Library:
         for function in (self.forward, self.unembed):
             function.restype = None
             function.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+        self.linear = self._library.dspark_linear
+        self.linear.restype = None
+        number, place = ctypes.c_int64, ctypes.c_void_p
+        self.linear.argtypes = [place, place, number, place, number, number]
         self._work_floats = self._library.dspark_work_floats
         self._work_floats.restype = ctypes.c_int64
         self._work_floats.argtypes = [ctypes.c_void_p, *(4 * [ctypes.c_int64])]

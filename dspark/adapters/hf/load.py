@@ -18,6 +18,7 @@ from transformers.utils import logging as hf_logging
 from dspark import exactness
 from dspark.adapters.base import FamilyAdapter
 from dspark.adapters.fused.choose import choose_target
+from dspark.adapters.fused.drafts import pack_draft
 from dspark.adapters.hf import exact, experts
 from dspark.adapters.hf.attention import (
     ATTENTION_NAME,
@@ -97,6 +98,10 @@ class TransformersLoader:
         )
         sampling = sampling_defaults(folder)
         return LoadedTarget(target=target, codec=codec, sampling=sampling, folder=folder)
+
+    def pack_draft(self, module: object, draft_quant: str, path: str) -> str:
+        """Put a draft module on packed weights; see `dspark.registry.pack_draft`."""
+        return pack_draft(module, draft_quant, path)
 
 
 LOADER = TransformersLoader()

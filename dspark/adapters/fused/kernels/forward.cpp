@@ -236,4 +236,13 @@ void dspark_unembed(const Model* model, const Step* step) {  // normed [outputs,
     forward.unembed(step->normed, step->outputs, step->logits, me);
   });
 }
+
+// out [rows, outputs] = x [rows, inputs] @ W + bias, rounded to bfloat16 once if `is_rounded`.
+void dspark_linear(const Matrix* matrix, const float* x, int64_t rows, float* out,
+                   int64_t is_rounded, int64_t threads) {
+  Model model{};
+  model.is_rounded = is_rounded;
+  const Product product{*matrix, x, rows, out, matrix->outputs, model, false};
+  in_threads(threads, [&](Worker me) { product.run(me); });
+}
 }

@@ -1,0 +1,198 @@
+"""Weights of a draft module: time of `propose` and tau, stock layers against packed and int8.
+
+    python benchmarks/draft_quant.py FOLDER [FOLDER ...] [--prompts FILE.jsonl] [--out FILE]
+
+The target answers every prompt greedily, once, and gives the hidden states of prompt and answer.
+Then rounds are replayed along each answer with every draft as torch runs it ("float"), packed
+without rounding ("none") and rounded to int8, in turn: a drafted path counts as far as it is the
+answer's own, as verification would find. Time is CPU time of the process, so that other work on
+the machine does not count. tau is tokens per round; its ratio to float has a 95 % interval from
+drawing prompts anew. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import describe, finish, ratio
+from prompts import FREE, REPEATING
+
+import dspark
+from dspark.draft.base import DraftContext, Drafter
+from dspark.loading import build_drafter
+from dspark.models import resolve_model
+from dspark.registry import LoadedTarget, LoadOptions
+from dspark.request import Rule
+from dspark.target import BatchPart, Target, TokenBatch
+from dspark.tree import DraftTree
+from dspark.verify.noise import NoiseKey
+
+KINDS = {"float": ("none", "plain"), "none": ("none", "fused"), "int8": ("int8", "auto")}
+DRAWS = 2000
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A prompt with its answer, and the target's hidden states there: {layer: [n, D]}."""
+
+    tokens: list[int]
+    prompt_length: int
+    hidden: dict[int, torch.Tensor]
+
+
+def questions(file: str | None, count: int) -> list[str]:
+    """Texts of prompts: of a file, spread over it, or the project's own."""
+    if file is None:
+        return [*FREE, *REPEATING][:count]
+    lines = Path(file).read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["turns"][0] for line in lines]
+    return texts[:: max(1, len(texts) // count)][:count]
+
+
+def answers(
+    engine: dspark.Engine, texts: list[str], tokens: int, layers: tuple[int, ...]
+) -> list[Answer]:
+    """Greedy answers of the target, and the hidden states of these layers."""
+    codec = engine.codec
+    if codec is None:
+        raise SystemExit("the target has no tokenizer")
+    prompts = [codec.encode_chat([{"role": "user", "content": text}]) for text in texts]
+    results = engine.generate(prompts, dspark.SamplingParams(max_tokens=tokens))
+    return [
+        Answer([*prompt, *result.token_ids], len(prompt), captured(engine.target, whole, layers))
+        for prompt, result in zip(prompts, results, strict=True)
+        for whole in [[*prompt, *result.token_ids]]
+    ]
+
+
+def captured(target: Target, tokens: list[int], layers: tuple[int, ...]) -> dict[int, torch.Tensor]:
+    """Hidden states of a text."""
+    cache = target.new_cache()
+    slot, _ = cache.open(tokens)
+    cache.reserve(slot, len(tokens))
+    batch = TokenBatch.build([BatchPart.chain(slot, tokens, 0, want_last=True)])
+    return dict(target.forward(batch, cache, capture=layers).hidden)
+
+
+def accepted(tree: DraftTree, tokens: list[int]) -> int:
+    """Length of the longest path that is the beginning of a text."""
+    node, depth = -1, 0
+    while depth < len(tokens):
+        children = tree.children_of(node)
+        match = next((int(c) for c in children if int(tree.token[c]) == tokens[depth]), None)
+        if match is None:
+            break
+        node, depth = match, depth + 1
+    return depth
+
+
+def replay(drafter: Drafter, answer: Answer, budget: int) -> tuple[int, int, float]:
+    """Tokens, rounds and mean seconds of a call; the first, which reads the prompt, left out."""
+    position, seen, seconds = answer.prompt_length + 1, 0, []
+    while position < len(answer.tokens):
+        context = DraftContext(
+            request_id=0,
+            tokens=answer.tokens[:position],
+            prompt_length=answer.prompt_length,
+            params=dspark.SamplingParams(),
+            rule=Rule.GREEDY,
+            noise=NoiseKey(0),
+            round=1 + len(seconds),
+            budget=budget,
+            depth=8,
+            features={k: answer.hidden[k][seen : position - 1] for k in drafter.capture},
+        )
+        start = time.process_time()
+        proposal = drafter.propose([context])[0]
+        seconds.append(time.process_time() - start)
+        seen = position - 1
+        position += 1 + accepted(proposal.tree, answer.tokens[position:])
+    drafter.release(0)
+    tokens = len(answer.tokens) - answer.prompt_length - 1
+    return tokens, len(seconds), float(np.mean(seconds[1:]))
+
+
+def tau_ratio(own: np.ndarray, base: np.ndarray) -> dict[str, float]:
+    """Ratio of tau to another, [prompts, (tokens, rounds)], 95 % interval over prompts."""
+    rng = np.random.default_rng(0)
+    picked = rng.integers(0, len(own), (DRAWS, len(own)))
+
+    def tau(counts: np.ndarray) -> Any:
+        return counts[..., 0].sum(-1) / counts[..., 1].sum(-1)
+
+    low, high = np.quantile(tau(own[picked]) / tau(base[picked]), [0.025, 0.975])
+    whole = float(tau(own) / tau(base))
+    return {"ratio": round(whole, 4), "low": round(float(low), 4), "high": round(float(high), 4)}
+
+
+def compare(drafters: dict[str, Drafter], texts: list[Answer], budget: int) -> dict[str, Any]:
+    """Time and tau by kind of weights."""
+    counts: dict[str, list[tuple[int, int]]] = {name: [] for name in drafters}
+    seconds: dict[str, list[float]] = {name: [] for name in drafters}
+    for number, answer in enumerate(texts, 1):
+        for name, drafter in drafters.items():
+            tokens, rounds, mean = replay(drafter, answer, budget)
+            counts[name].append((tokens, rounds))
+            seconds[name].append(mean)
+        if number % 6 == 0:
+            print(f"prompt {number} of {len(texts)}", file=sys.stderr, flush=True)
+    found = {}
+    base = np.array(counts["float"])
+    for name in drafters:
+        own = np.array(counts[name])
+        found[name] = {
+            "weights": getattr(drafters[name], "weights", ""),
+            "propose ms": round(1e3 * float(np.median(seconds[name])), 2),
+            "times as fast as float": ratio(seconds["float"], seconds[name]),
+            "tau": round(float(own[:, 0].sum() / own[:, 1].sum()), 4),
+            "tau against float": tau_ratio(own, base),
+        }
+        print(name, found[name], file=sys.stderr, flush=True)
+    return {"tokens": int(base[:, 0].sum()), **found}
+
+
+def main() -> None:
+    """Load the drafts in each kind of weights and compare."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("drafts", nargs="+", metavar="FOLDER")
+    parser.add_argument("--target", default="smollm2-135m")
+    parser.add_argument("--prompts", help="JSON lines with turns; default: the project's own")
+    parser.add_argument("--questions", type=int, default=24)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--budget", type=int, default=15, help="nodes of a tree")
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS)[1:], default=list(KINDS)[1:])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    engine = dspark.Engine.load(args.target, "none", threads=args.threads)
+    loaded = LoadedTarget(
+        target=engine.target, codec=engine.codec, folder=Path(resolve_model(args.target))
+    )
+    every: dict[str, dict[str, Drafter]] = {}
+    for folder in args.drafts:
+        every[Path(folder).name] = {
+            name: build_drafter(
+                folder, loaded, LoadOptions(name=args.target, draft_quant=quant, path=path)
+            )
+            for name, (quant, path) in KINDS.items()
+            if name in ("float", *args.kinds)
+        }
+    drafters = [drafter for kinds in every.values() for drafter in kinds.values()]
+    layers = tuple(sorted({layer for drafter in drafters for layer in drafter.capture}))
+    texts = answers(engine, questions(args.prompts, args.questions), args.tokens, layers)
+    print("answers are there", file=sys.stderr, flush=True)
+    found = {name: compare(kinds, texts, args.budget) for name, kinds in every.items()}
+    facts = {**describe(), "threads": torch.get_num_threads(), "questions": len(texts)}
+    finish({**facts, "drafts": found}, args.out)
+
+
+if __name__ == "__main__":
+    main()
