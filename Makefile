@@ -75,4 +75,5 @@ $(VENV)/.stamp-core: $(VENV)/.stamp-torch pyproject.toml constraints.txt
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-torch pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt -e '.[dev]'
+	$(BIN)/python tests/compile_kernels.py
 	@touch $(VENV)/.stamp-core $@

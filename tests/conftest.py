@@ -20,6 +20,8 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from dspark.folders import cache_root
+
 # torch and transformers are imported where they are used: pytest loads this file in the process
 # that only hands tests out, too, and the others wait for it.
 if TYPE_CHECKING:
@@ -85,6 +87,7 @@ FAMILIES: dict[str, Callable[..., Any]] = {
 }
 
 _PROBES = "DSPARK_TEST_PROBES"
+_KERNELS = cache_root() / "kernels"
 _SEEDS = random.Random(0)
 
 # "fixed" tries the same examples at every run, so that a change is what makes a test fail; "random"
@@ -190,15 +193,16 @@ def probe_folder() -> Path | None:
 def module_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cache of the module's own, but for what loading finds out about machine and weights.
 
-    That is the whole session's: weights written by different tests are checked once if they, and
-    the times of their files, are the same (tests.test_cli.save_model).
+    Weights written by different tests are checked once a session if they, and the times of their
+    files, are the same (tests.test_cli.save_model). Compiled kernels, named by their contents, are
+    the user's own: compiling takes seconds for each.
     """
     folder = tmp_path_factory.mktemp("cache")
     (folder / "dspark").mkdir()
-    for name in ("probes", "kernels"):
-        shared = (probe_folder() or folder) / f"shared-{name}"
-        shared.mkdir(exist_ok=True)
-        (folder / "dspark" / name).symlink_to(shared, target_is_directory=True)
+    shared = {"probes": (probe_folder() or folder) / "shared-probes", "kernels": _KERNELS}
+    for name, target in shared.items():
+        target.mkdir(parents=True, exist_ok=True)
+        (folder / "dspark" / name).symlink_to(target, target_is_directory=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         yield folder

@@ -19,7 +19,7 @@ from tests.conftest import random_model, random_target
 
 
 def fresh_target(family: str = "llama") -> HFTarget:
-    model = random_model(family, layers=2)
+    model = random_model(family, layers=1)
     options = LoadOptions(name="fresh", exact=True)
     return wrap_model(model, adapter_for(model.config.model_type), options)
 
@@ -118,7 +118,7 @@ def test_rows_outside_the_window_are_padded_or_parted() -> None:
 
 
 def test_the_check_passes_on_the_real_code() -> None:
-    target = random_target("gemma3", exact=True)  # of every family: test_parity.py
+    target = random_target("gemma3", exact=True, layers=2)  # of every family: test_parity.py
     assert exact.find_query_rows(target) is not None
     assert exactness.check_trees(target)
 

@@ -19,7 +19,7 @@ FAMILY = "gemma3"  # sliding and global layers
 
 
 def fresh_logits(tokens: list[int]) -> torch.Tensor:
-    target = random_target(FAMILY, exact=True)
+    target = random_target(FAMILY, exact=True, layers=2)
     cache = target.new_cache()
     slot, _ = cache.open(tokens)
     cache.reserve(slot, len(tokens))
@@ -38,7 +38,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.target = random_target(FAMILY, exact=True)
+        self.target = random_target(FAMILY, exact=True, layers=2)
         self.cache = self.target.new_cache()
         self.context: dict[int, list[int]] = {}
         self.random = np.random.default_rng(0)
@@ -98,7 +98,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 CacheMachine.TestCase.settings = settings(
-    max_examples=8,
+    max_examples=6,
     stateful_step_count=8,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
@@ -152,7 +152,7 @@ def test_growth_moves_nothing_and_reads_across_segments() -> None:
 
 
 @given(shared=st.integers(0, 700), extra=st.integers(1, 5))
-@settings(max_examples=25)
+@settings(max_examples=15)
 def test_a_shared_prefix_takes_pages_only_for_its_last_page(shared: int, extra: int) -> None:
     cache = small_cache()
     donor, _ = cache.open(list(range(700)))

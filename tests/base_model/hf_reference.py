@@ -194,12 +194,10 @@ def logits(model: DeepseekV4ForCausalLM, ids: Sequence[int]) -> Tensor:
 
 
 @torch.no_grad()
-def decode(
-    model: DeepseekV4ForCausalLM, ids: Sequence[int], chunks: Sequence[int] | None = None
-) -> Tensor:
-    """Logits [n, V] through transformers' cache, in pieces of these sizes, else token by token."""
+def decode(model: DeepseekV4ForCausalLM, ids: Sequence[int], chunks: Sequence[int]) -> Tensor:
+    """Logits [n, V] through transformers' cache, in pieces of these sizes."""
     cache, rows, start = None, [], 0
-    for size in chunks if chunks is not None else [1] * len(ids):
+    for size in chunks:
         piece = torch.tensor([list(ids[start : start + size])])
         with stable_topk():
             output = model(piece, past_key_values=cache, use_cache=True)

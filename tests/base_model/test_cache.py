@@ -22,7 +22,7 @@ from tests.base_model.build import build_model, feed, open_slot, part_of, relati
 
 @functools.cache
 def model() -> V4Model:
-    config = oracle.tiny_config(sliding_window=6, hc_sinkhorn_iters=3)  # nothing the cache holds
+    config = oracle.tiny_config(sliding_window=6)
     return build_model(config, oracle.random_weights(config, 2, torch.float64), torch.float64)
 
 
@@ -59,8 +59,8 @@ def plainly(kept: int) -> Tensor:
 
 @pytest.mark.parametrize(
     "start",
-    # Drafts of up to nine tokens cross from every start what the slow ones begin at.
-    [pytest.param(n, marks=pytest.mark.slow) if n in (4, 5, 16) else n for n in STARTS],
+    # Drafts of up to nine tokens cross from the others what the slow ones begin at.
+    [n if n in (0, 7, 15) else pytest.param(n, marks=pytest.mark.slow) for n in STARTS],
 )
 def test_rolling_back_to_any_point_of_a_draft_leaves_no_trace(start: int) -> None:
     """A slot for every length of a draft and every number of its tokens that are accepted.
@@ -86,7 +86,9 @@ def test_rolling_back_to_any_point_of_a_draft_leaves_no_trace(start: int) -> Non
         assert relative_error(own, plainly(start + kept)) < 1e-9, (drafted, kept)
 
 
-@pytest.mark.parametrize("length", [1, 5, 8, 256, 263, 300])
+@pytest.mark.parametrize(
+    "length", [1, 8, 256, 263, *(pytest.param(n, marks=pytest.mark.slow) for n in (5, 300))]
+)
 def test_a_prompt_that_goes_on_from_a_finished_request_takes_its_state_over(length: int) -> None:
     tokens, more = text(length), text(11, 5)
     cache = model().new_cache()
@@ -135,31 +137,31 @@ def test_a_state_holds_what_the_formula_says() -> None:
     slot = open_slot(cache)
     feed(model(), cache, slot, text(21))
     c, d, f = 32, 16, 8  # head size, indexer head size, bytes of a float64
-    window = 5 * 6 * c * f
-    sparse = 2 * (5 * (c + d) + 7 * 4 * (c + d)) * f
+    window = 3 * 6 * c * f
+    sparse = (5 * (c + d) + 7 * 4 * (c + d)) * f
     heavy = (2 * c + 7 * 2 * c) * f
     assert cache.state_bytes(slot) == window + sparse + heavy
 
 
 def test_a_memory_limit_is_kept_and_its_refusal_leaves_the_slot_as_it_was() -> None:
-    cache = model().new_cache(memory_limit=900_000)
+    cache = model().new_cache(memory_limit=500_000)
     slot = open_slot(cache)
     feed(model(), cache, slot, text(30))
     used = cache.usage().bytes
     with pytest.raises(CacheFullError, match="limit"):
         cache.reserve(slot, 1_000_000)
-    assert cache.usage().bytes == used <= 900_000
+    assert cache.usage().bytes == used <= 500_000
     feed(model(), cache, slot, text(3))
     assert cache.length(slot) == 33
 
 
 def test_released_requests_make_room_for_new_ones() -> None:
-    cache = model().new_cache(memory_limit=900_000)
+    cache = model().new_cache(memory_limit=500_000)
     for seed in range(12):
         slot = open_slot(cache)
         feed(model(), cache, slot, text(40, seed))
         cache.release(slot)
-        assert cache.usage().bytes <= 900_000
+        assert cache.usage().bytes <= 500_000
 
 
 def test_a_chunk_longer_than_was_staged_for_can_be_committed() -> None:
@@ -188,7 +190,7 @@ def test_refusals() -> None:
 
 def test_a_forward_without_room_is_refused() -> None:
     config = V4Config.from_dict(oracle.tiny_config())
-    devices = dict.fromkeys(range(5), torch.device("cpu"))
+    devices = dict.fromkeys(range(3), torch.device("cpu"))
     cache = V4Cache(config, devices=devices, dtype=torch.float32, wide=torch.float32)
     slot = open_slot(cache)
     with pytest.raises(ShapeError, match="reserve"):

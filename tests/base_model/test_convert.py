@@ -21,14 +21,20 @@ from dspark.base_model.random_weights import random_tensors
 from dspark.commands.convert import convert
 from dspark.errors import CheckpointError, ConfigError
 
-CONFIG = preset("v4-tiny-dspark")
+CONFIG = replace(  # a layer of every kind, and few experts
+    preset("v4-tiny-dspark"),
+    num_hidden_layers=3,
+    compress_ratios=(0, 4, 8),
+    dspark_target_layer_ids=(0, 1, 2),
+    n_routed_experts=4,
+)
 DTYPES = {WeightFormat.BF16: torch.bfloat16, WeightFormat.FLOAT32: torch.float32}
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("written") / "source"
-    random_checkpoint(folder, CONFIG, shard_bytes=700_000)
+    random_checkpoint(folder, CONFIG, shard_bytes=400_000)
     return folder
 
 
@@ -57,7 +63,7 @@ def assert_same_files(a, b):
 
 def test_there_and_back_again_changes_no_byte(source, tmp_path):
     there = tmp_path / "there"
-    result = convert_checkpoint(source, there, layout=Layout.TRANSFORMERS, shard_bytes=500_000)
+    result = convert_checkpoint(source, there, layout=Layout.TRANSFORMERS, shard_bytes=300_000)
     convert_checkpoint(there, tmp_path / "back", layout=Layout.OFFICIAL)
     checkpoint = Checkpoint.open(source)
     assert Checkpoint.open(there).layout is Layout.TRANSFORMERS
@@ -131,9 +137,9 @@ def test_what_goes_with_a_model_is_copied_and_its_code_is_not(source, tmp_path):
 
 def test_a_failure_leaves_no_folder(tmp_path):
     tensors = dict(random_tensors(CONFIG, quantised=False))
-    tensors["layers.4.ffn.experts.3.w2.weight"][5, 5] = torch.inf
+    tensors["layers.2.ffn.experts.3.w2.weight"][5, 5] = torch.inf
     save_checkpoint(tmp_path / "source", CONFIG, tensors.items())
-    with pytest.raises(CheckpointError, match=r"layers\.4\S+ cannot be converted: a weight is inf"):
+    with pytest.raises(CheckpointError, match=r"layers\.2\S+ cannot be converted: a weight is inf"):
         convert_checkpoint(
             tmp_path / "source", tmp_path / "out", layout=Layout.OFFICIAL, weights=WeightFormat.FP4
         )
@@ -147,7 +153,7 @@ def test_a_used_folder_a_broken_source_and_an_unknown_dialect_are_refused(source
     save_checkpoint(tmp_path / "broken", CONFIG, tensors)
     with pytest.raises(CheckpointError, match=r"1 problem: norm\.weight is missing"):
         convert_checkpoint(tmp_path / "broken", tmp_path / "out", layout=Layout.OFFICIAL)
-    two_rates = replace(preset("v4-tiny"), compress_ratios=(0, 4, 8, 16, 0))
+    two_rates = replace(CONFIG, compress_ratios=(4, 8, 16))
     random_checkpoint(tmp_path / "two", two_rates)
     with pytest.raises(ConfigError, match="knows one rate beside 0 and 4"):
         convert_checkpoint(tmp_path / "two", tmp_path / "out", layout=Layout.TRANSFORMERS)
@@ -158,7 +164,7 @@ def test_the_command_converts_and_prints_the_folder(source, tmp_path):
     app.command()(convert)
     out = tmp_path / "out"
     args = [str(source), str(out), "--to", "transformers", "--weights", "bf16"]
-    result = CliRunner().invoke(app, [*args, "--shard-size", "1MB"], catch_exceptions=False)
+    result = CliRunner().invoke(app, [*args, "--shard-size", "500KB"], catch_exceptions=False)
     assert result.exit_code == 0
     assert result.stdout.strip() == str(out)
     assert len(list(out.glob("*.safetensors"))) > 4

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -198,6 +199,34 @@ print(crc, store.stats.bytes_read)
 """
 
 
+def peak() -> int:
+    """The most memory that this process has had since the mark was last reset, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+@pytest.mark.skipif(
+    not (hasattr(ctypes.CDLL(None), "malloc_trim") and Path("/proc/self/clear_refs").exists()),
+    reason="needs glibc and Linux's /proc",
+)
+def test_reading_all_experts_takes_no_more_memory_than_the_budget(tmp_path):
+    config = replace(
+        preset("v4-tiny"), hidden_size=512, moe_intermediate_size=512, n_routed_experts=20
+    )
+    random_checkpoint(tmp_path / "m", config, shard_bytes=20_000_000)
+    store, budget = PagedExperts(Checkpoint.open(tmp_path / "m"), 4_000_000), 4_000_000
+    # Memory that earlier tests freed could be taken again unnoticed.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # sets the mark to what is in use now
+    before = peak()
+    for layer in range(5):
+        for expert in range(20):
+            store.fetch(f"layers.{layer}.ffn.experts", expert)
+    assert store.stats.bytes_read > 10 * budget
+    assert peak() - before < 3 * budget
+
+
+@pytest.mark.slow  # starts a process that imports torch
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA covers such memory on Linux only")
 def test_a_model_larger_than_memory_is_read_within_a_limit(tmp_path):
     config = replace(

@@ -18,14 +18,12 @@ from tests.base_model import oracle
 from tests.base_model import reference_drafts as reference
 from tests.base_model.build import build_model, feed, open_slot, relative_error
 
-PARAMS = SamplingParams(max_tokens=14, ignore_eos=True, tree_budget=4)
+PARAMS = SamplingParams(max_tokens=10, ignore_eos=True, tree_budget=4)
 
 
 @functools.cache
 def target(kind: str) -> V4Target:
-    config = reference.tiny_draft_config(
-        kind, hc_sinkhorn_iters=3, compress_ratios=[0, 4, 8], num_hash_layers=1
-    )
+    config = reference.tiny_draft_config(kind)
     weights = {
         **oracle.random_weights(config, 1, torch.float64),
         **reference.random_draft_weights(config, kind, seed=1),
@@ -70,7 +68,7 @@ def test_preempted_requests_go_on_as_if_nothing_had_been(
     expected = dspark.Engine(target(kind)).generate(asked, each)
     watched = Watched(target(kind))
     sizes = target(kind).new_cache()
-    begin, whole = sizes.request_bytes(9 + 4 + 5), sizes.request_bytes(9 + 14 + 5)
+    begin, whole = sizes.request_bytes(9 + 4 + 5), sizes.request_bytes(9 + 10 + 5)
     limit = -(-whole // begin) * begin  # so many begin, and none of them can grow
     own = dspark.Engine(
         watched,

@@ -21,6 +21,11 @@ SAFE_MARGIN = 5e-5
 
 CASES: dict[str, dict] = {
     "every kind": {},
+    "as many sinkhorn steps as released": {
+        "compress_ratios": [0, 4, 8, 4, 0],
+        "num_hash_layers": 2,
+        "hc_sinkhorn_iters": 20,
+    },
     "sliding only": {"compress_ratios": [0, 0, 0], "num_hash_layers": 0, "sliding_window": 5},
     "sparse only": {"compress_ratios": [4, 4, 4], "sliding_window": 6, "index_topk": 2},
     "heavy only": {"compress_ratios": [8, 8], "num_hash_layers": 1},
@@ -108,7 +113,9 @@ def test_oracle_equals_transformers(name):
     assert difference(answer(name, 45, seed).logits, theirs) < TOLERANCE
 
 
-@pytest.mark.parametrize("seed", [0, 1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "seed", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_oracle_equals_transformers_for_other_weights(seed):
     _, _, model = case("every kind", seed)
     found = answer("every kind", 70, seed)
@@ -130,7 +137,7 @@ def test_oracle_equals_transformers_at_every_length(name):
     seed = SEEDS.get(name, 0)
     config, weights, model = case(name, seed)
     whole, ids = answer(name, 45, seed).logits, tokens(45, seed)
-    for count in (*range(1, 9), 15, 16, 17, 24, 33):
+    for count in (*range(1, 6), 7, 8, 15, 16, 17, 33):
         theirs = hf_reference.logits(model, ids[:count])
         assert difference(whole[:count], theirs) < TOLERANCE
     for count in (1, 3, 4, 5, 8, 17):
@@ -138,11 +145,12 @@ def test_oracle_equals_transformers_at_every_length(name):
         assert difference(ours, whole[:count]) < TOLERANCE
 
 
-@pytest.mark.parametrize("chunks", [None, [7, 1, 5, 11, 2, 9, 10], [45], [16, 8, 4, 17]])
+@pytest.mark.parametrize("chunks", [[1] * 33, [7, 1, 5, 11, 2, 9, 10], [45], [16, 8, 4, 17]])
 def test_oracle_equals_transformers_through_its_cache(chunks):
+    """Token by token through twice the window and four entries of the heavy kind, and in chunks."""
     _, _, model = case("every kind")
-    theirs = hf_reference.decode(model, tokens(45), chunks)
-    assert difference(answer("every kind", 45).logits, theirs) < TOLERANCE
+    theirs = hf_reference.decode(model, tokens(sum(chunks)), chunks)
+    assert difference(answer("every kind", 45).logits[: sum(chunks)], theirs) < TOLERANCE
 
 
 def test_the_public_questions_are_one_run():
@@ -316,16 +324,17 @@ def test_a_planted_fault_shows(fault, monkeypatch):
 
 @pytest.mark.parametrize("name", ["other sizes", "one sinkhorn step"])
 def test_the_order_of_sinkhorn_shows_before_it_converges(name, monkeypatch):
-    config, weights, model = case(name)
+    seed = SEEDS.get(name, 0)
+    config, weights, _ = case(name, seed)
     monkeypatch.setattr(oracle, "sinkhorn", _row_last_sinkhorn(oracle.sinkhorn))
-    ours = oracle.path_logits(config, weights, tokens(45))
-    assert difference(ours, hf_reference.logits(model, tokens(45))) > VISIBLE
+    ours = oracle.path_logits(config, weights, tokens(45, seed))
+    assert difference(ours, their_logits(name, 45, seed)) > VISIBLE
 
 
 def test_the_epsilons_of_the_stream_weights_show(monkeypatch):
     """With 1e-6 they are below the tolerance, so this is the case with a large one."""
-    config, weights, model = case("large epsilons")
-    right, theirs = oracle.mixing, hf_reference.logits(model, tokens(45))
+    config, weights, _ = case("large epsilons")
+    right, theirs = oracle.mixing, their_logits("large epsilons", 45)
     eps = config["hc_eps"]
     for wrong in (
         lambda *a: (lambda pre, post, comb: (pre - eps, post, comb))(*right(*a)),
@@ -342,7 +351,7 @@ def test_the_epsilons_of_the_stream_weights_show(monkeypatch):
 @functools.cache
 def gradients() -> dict[str, torch.Tensor]:
     config = oracle.tiny_config()
-    weights = oracle.random_weights(config, 0, torch.float64)
+    weights = oracle.random_weights(config, 1, torch.float64)  # every expert gets enough tokens
     leaves = {k: w.requires_grad_() for k, w in weights.items() if w.is_floating_point()}
     logits = oracle.path_logits(config, weights, tokens(60))
     logits.backward(torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).double())
@@ -383,7 +392,7 @@ def test_every_number_of_a_tensor_moves_the_logits(kind):
         assert scale > 1e-2
         # A routed expert sees few of the tokens, and the clamp may cut a channel for all of them.
         alive = (gradient.abs() > 1e-9 * scale).double().mean()
-        assert alive > (0.75 if "experts" in kind else 0.999), f"{name}: {alive:.4f}"
+        assert alive > (0.9 if "experts" in kind else 0.999), f"{name}: {alive:.4f}"
 
 
 @pytest.mark.parametrize("kind", SELECTORS)
@@ -420,7 +429,7 @@ def _spied(monkeypatch, name: str, note: Callable) -> list:
     return noted
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_random_weights_use_every_branch_and_saturate_none(seed, monkeypatch):
     def clipped(_, config, gate, up):
         return ((gate > config["swiglu_limit"]) | (up.abs() > config["swiglu_limit"])).float()
@@ -445,7 +454,7 @@ def test_random_weights_use_every_branch_and_saturate_none(seed, monkeypatch):
     assert {e for chosen in routed for e in chosen} == set(range(config["n_routed_experts"]))
     dropped = [1 - len(chosen) / count for count, chosen in picks if count > 8]
     assert max(dropped) > 0.7
-    assert len({tuple(sorted(chosen)) for count, chosen in picks if count > 10}) > 20
+    assert len({tuple(sorted(chosen)) for count, chosen in picks if count > 10}) > 12
     assert all(0.3 < streams.std() < 10 for streams in found.hidden)
     assert 0.5 < found.logits.std() < 5
 
@@ -464,7 +473,7 @@ def test_random_weights_are_the_same_numbers_in_every_dtype():
 
 def test_every_row_of_a_hash_table_holds_distinct_experts():
     config = oracle.tiny_config()
-    table = oracle.random_weights(config)["layers.1.ffn.gate.tid2eid"]
+    table = oracle.random_weights(config)["layers.0.ffn.gate.tid2eid"]
     assert table.shape == (97, 2)
     assert table.dtype == torch.int64
     assert all(len(set(row)) == 2 and min(row) >= 0 and max(row) < 8 for row in table.tolist())

@@ -46,18 +46,19 @@ def fp8(rows: int, columns: int, seed: int = 0, scale_dtype: torch.dtype = E8M0)
 
 def slowly(stored: StoredWeight) -> torch.Tensor:
     """The dequantised matrix by the definition, one number at a time, in float64."""
-    rows, columns = stored.shape
-    out = torch.empty(rows, columns, dtype=torch.float64)
-    scale = stored.scale.float().double()
-    for i in range(rows):
-        for j in range(columns):
-            if stored.kind == "fp4":
-                byte = int(stored.weight[i, j // 2]) & 0xFF
-                code = byte >> 4 if j % 2 else byte & 15
-                out[i, j] = FP4_NUMBERS[code] * scale[i, j // 32]
-            else:
-                out[i, j] = stored.weight[i, j].double() * scale[i // 128, j // 128]
-    return out
+    (rows, columns), is_fp4 = stored.shape, stored.kind == "fp4"
+    scale = stored.scale.float().tolist()
+    weight = (stored.weight if is_fp4 else stored.weight.double()).tolist()
+
+    def number(i: int, j: int) -> float:
+        if is_fp4:
+            byte = weight[i][j // 2] & 0xFF
+            code = byte >> 4 if j % 2 else byte & 15
+            return FP4_NUMBERS[code] * scale[i][j // 32]
+        return weight[i][j] * scale[i // 128][j // 128]
+
+    numbers = [[number(i, j) for j in range(columns)] for i in range(rows)]
+    return torch.tensor(numbers, dtype=torch.float64)
 
 
 def test_every_e8m0_byte_is_its_power_of_two():

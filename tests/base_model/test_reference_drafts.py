@@ -17,11 +17,8 @@ VISIBLE = 1e-4  # what a change that matters must show at least
 
 WINDOW = 6
 SMALL = {
-    "compress_ratios": [0, 4, 8],
     "sliding_window": WINDOW,
     "n_routed_experts": 3,  # few, so that a handful of rows takes each
-    "hc_sinkhorn_iters": 3,
-    "num_hash_layers": 1,
 }
 
 

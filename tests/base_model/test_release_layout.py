@@ -34,7 +34,9 @@ CONFIG = replace(
     hidden_size=256,
     q_lora_rank=256,
     moe_intermediate_size=256,
-    compress_ratios=(0, 4, 128, 4, 0),
+    num_hidden_layers=3,
+    compress_ratios=(0, 4, 128),
+    n_routed_experts=4,
     sliding_window=128,
     index_topk=24,
 )
@@ -101,7 +103,7 @@ def test_a_scale_that_is_misread_shows(
     kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The comparison can fail: one doubled scale of the last layer is far over the tolerance."""
-    prefix = "layers.4.ffn.shared_experts" if kind == "w2" else "layers.4.attn"
+    prefix = "layers.2.ffn.shared_experts" if kind == "w2" else "layers.2.attn"
     read = Checkpoint.tensor
 
     def doubled(self: Checkpoint, name: str) -> Tensor:

@@ -21,7 +21,7 @@ def drafted(family: str, **options: Any) -> Any:
 
     Other answers it follows in part, so that trees are accepted, cut and rejected.
     """
-    model = random_model(family, layers=2 if family == "llama" else None)
+    model = random_model(family, layers=2)
     draft = LookupDrafter(corpus=_answers(family))
     config = dspark.EngineConfig(auto_off=False, schedule="fixed:8")
     return dspark.accelerate(model, draft, config=config, **options)
@@ -29,8 +29,8 @@ def drafted(family: str, **options: Any) -> Any:
 
 @functools.cache
 def _answers(family: str) -> list[list[int]]:
-    model = random_model(family, layers=2 if family == "llama" else None)
-    found = model.generate(**ragged_prompts(8), do_sample=False, max_new_tokens=24)
+    model = random_model(family, layers=2)
+    found = model.generate(**ragged_prompts(5), do_sample=False, max_new_tokens=16)
     return found.tolist()
 
 

@@ -107,7 +107,7 @@ class Browser:
         end = time.monotonic() + seconds
         while not self.value(expression):
             assert time.monotonic() < end, f"waited in vain for {expression}"
-            time.sleep(0.05)
+            time.sleep(0.02)
 
     def screenshot(self, path: Path) -> None:
         """Keep a picture of the window."""

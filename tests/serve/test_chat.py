@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from tests.serve.toys import Running, serving, toy_engine
 
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "Hello"}]
-BODY: dict[str, Any] = {"model": "toy", "messages": MESSAGES, "max_tokens": 40}
+MOST = 20
+BODY: dict[str, Any] = {"model": "toy", "messages": MESSAGES, "max_tokens": MOST}
 PLAIN = {"temperature": 0}
 SAMPLED = {"temperature": 0.8, "seed": 7, "top_p": 0.9, "top_k": 30, "min_p": 0.01}
 OTHER = {
@@ -25,20 +27,25 @@ OTHER = {
 }
 
 
+@functools.cache
+def _engine() -> dspark.Engine:
+    return toy_engine()
+
+
 def expected(fields: dict[str, Any], **more: Any) -> list[GenerationResult]:
     """What an engine of its own generates."""
     own = {k: v for k, v in fields.items() if k not in ("model", "messages", "stream")}
     bias = own.pop("logit_bias", None)
     if bias is not None:
         own["logit_bias"] = {int(token): value for token, value in bias.items()}
-    params = dspark.SamplingParams(**{"max_tokens": 40, **own, **more})
-    return toy_engine().generate([MESSAGES], params)
+    params = dspark.SamplingParams(**{"max_tokens": MOST, **own, **more})
+    return _engine().generate([MESSAGES], params)
 
 
 @pytest.mark.parametrize("fields", [PLAIN, SAMPLED, OTHER], ids=["greedy", "sampled", "penalties"])
 def test_the_text_is_that_of_the_engine(toy: Running, fields: dict[str, Any]) -> None:
     (result,) = expected(fields)
-    answer = toy.chat(max_tokens=40, **fields)
+    answer = toy.chat(max_tokens=MOST, **fields)
     (choice,) = answer["choices"]
     assert choice["message"] == {"role": "assistant", "content": result.text, "refusal": None}
     assert choice["finish_reason"] == result.finish_reason.value
@@ -70,8 +77,8 @@ def test_usage_comes_last_and_counts_what_speculation_did(toy: Running) -> None:
     (result,) = expected(PLAIN)
     stats, usage = result.stats, last["usage"]
     assert usage["prompt_tokens"] == stats.prompt_tokens
-    assert usage["completion_tokens"] == stats.output_tokens == 40
-    assert usage["total_tokens"] == stats.prompt_tokens + 40
+    assert usage["completion_tokens"] == stats.output_tokens == MOST
+    assert usage["total_tokens"] == stats.prompt_tokens + MOST
     assert usage["completion_tokens_details"] == {
         "accepted_prediction_tokens": stats.accepted,
         "rejected_prediction_tokens": stats.verified - stats.accepted,
@@ -96,13 +103,13 @@ def test_chunks_carry_growing_usage_if_asked(toy: Running) -> None:
     events = toy.events(CHAT, {**BODY, **PLAIN, "stream_options": options})
     counts = [event["usage"]["completion_tokens"] for event in events]
     assert counts == sorted(counts)
-    assert counts[-1] == 40
+    assert counts[-1] == MOST
     assert len(set(counts)) > 5
 
 
 def test_several_choices_are_the_engines_samples(toy: Running) -> None:
     results = expected(SAMPLED, n=3)
-    answer = toy.chat(max_tokens=40, n=3, **SAMPLED)
+    answer = toy.chat(max_tokens=MOST, n=3, **SAMPLED)
     assert [c["message"]["content"] for c in answer["choices"]] == [r.text for r in results]
     assert [c["index"] for c in answer["choices"]] == [0, 1, 2]
     assert answer["usage"]["prompt_tokens"] == results[0].stats.prompt_tokens
@@ -124,7 +131,7 @@ def _content(entries: list[dict[str, Any]]) -> bytes:
 def test_logprobs_spell_the_text_and_are_the_engines(toy: Running) -> None:
     (result,) = expected(SAMPLED, logprobs=3)
     assert result.logprobs is not None
-    (choice,) = toy.chat(max_tokens=40, logprobs=True, top_logprobs=3, **SAMPLED)["choices"]
+    (choice,) = toy.chat(max_tokens=MOST, logprobs=True, top_logprobs=3, **SAMPLED)["choices"]
     entries = choice["logprobs"]["content"]
     assert _content(entries).decode() == result.text
     values = [item.logprob for item in result.logprobs][: len(entries)]
@@ -149,8 +156,8 @@ def test_logprobs_without_alternatives(toy: Running) -> None:
 @pytest.mark.parametrize("is_list", [True, False])
 def test_a_stop_string_ends_the_text_and_is_not_in_it(toy: Running, is_list: bool) -> None:
     (whole,) = expected(PLAIN)
-    stop = whole.text[20:23]
-    fields = {**PLAIN, "max_tokens": 40, "stop": ["@@@@", stop] if is_list else stop}
+    stop = whole.text[10:13]
+    fields = {**PLAIN, "max_tokens": MOST, "stop": ["@@@@", stop] if is_list else stop}
     (choice,) = toy.chat(logprobs=True, **fields)["choices"]
     shown = whole.text[: whole.text.index(stop)]
     assert choice["message"]["content"] == shown
@@ -173,17 +180,17 @@ def test_what_was_drafted_is_told_if_asked(toy: Running) -> None:
         if delta.get("content"):
             own = "".join(text for text, _ in delta["dspark"]["pieces"])
             assert own == delta["content"]
-    (choice,) = toy.chat(max_tokens=40, dspark={"pieces": True}, **PLAIN)["choices"]
+    (choice,) = toy.chat(max_tokens=MOST, dspark={"pieces": True}, **PLAIN)["choices"]
     assert choice["message"]["dspark"]["pieces"] == pieces
 
 
 def test_drafting_can_be_switched_off_and_shaped(toy: Running) -> None:
-    drafted = toy.chat(max_tokens=40, **PLAIN)
-    plain = toy.chat(max_tokens=40, dspark={"draft": False}, **PLAIN)
+    drafted = toy.chat(max_tokens=MOST, **PLAIN)
+    plain = toy.chat(max_tokens=MOST, dspark={"draft": False}, **PLAIN)
     assert plain["choices"] == drafted["choices"]
     assert plain["metrics"]["speculative_decoding"]["num_draft_tokens"] == 0
     shape = {"rule": "rejection", "tree_budget": 2, "depth": 2, "width": 1}
-    chain = toy.chat(max_tokens=40, dspark=shape, **SAMPLED)
+    chain = toy.chat(max_tokens=MOST, dspark=shape, **SAMPLED)
     (result,) = expected(SAMPLED, rule="rejection", tree_budget=2, depth=2, width=1)
     assert chain["choices"][0]["message"]["content"] == result.text
     assert chain["metrics"]["speculative_decoding"]["num_spec_tokens"] == 2
@@ -191,29 +198,29 @@ def test_drafting_can_be_switched_off_and_shaped(toy: Running) -> None:
 
 def test_defaults_are_the_models_then_openais() -> None:
     own = {"temperature": 0.3, "top_p": 0.7, "top_k": 9}
-    engine = toy_engine()
     with serving(toy_engine(sampling=own)) as running:
-        said = running.chat(max_tokens=40, seed=5)["choices"][0]["message"]["content"]
-        greedy = running.chat(max_tokens=40, temperature=0)["choices"][0]["message"]["content"]
-        hot = running.chat(max_tokens=40, seed=5, temperature=1.0, top_k=-1, top_p=1)
+        said = running.chat(max_tokens=MOST, seed=5)["choices"][0]["message"]["content"]
+        greedy = running.chat(max_tokens=MOST, temperature=0)["choices"][0]["message"]["content"]
+        hot = running.chat(max_tokens=MOST, seed=5, temperature=1.0, top_k=-1, top_p=1)
     params = [
-        dspark.SamplingParams(max_tokens=40, seed=5, **own),
-        dspark.SamplingParams(max_tokens=40),
-        dspark.SamplingParams(max_tokens=40, seed=5, temperature=1.0),
+        dspark.SamplingParams(max_tokens=MOST, seed=5, **own),
+        dspark.SamplingParams(max_tokens=MOST),
+        dspark.SamplingParams(max_tokens=MOST, seed=5, temperature=1.0),
     ]
-    texts = [result.text for result in engine.generate([MESSAGES] * 3, params)]
+    texts = [result.text for result in _engine().generate([MESSAGES] * 3, params)]
     assert [said, greedy, hot["choices"][0]["message"]["content"]] == texts
 
 
 def test_openais_default_temperature_is_one(toy: Running) -> None:
     (result,) = expected({"temperature": 1.0, "seed": 2})
-    assert toy.chat(max_tokens=40, seed=2)["choices"][0]["message"]["content"] == result.text
+    assert toy.chat(max_tokens=MOST, seed=2)["choices"][0]["message"]["content"] == result.text
 
 
-def test_max_completion_tokens_counts_and_the_default_is_the_context(toy: Running) -> None:
-    assert toy.chat(max_completion_tokens=6, **PLAIN)["usage"]["completion_tokens"] == 6
-    ended = toy.chat(**PLAIN, stop=["\x00"], ignore_eos=True)["usage"]
-    assert ended["total_tokens"] == toy.desk.max_positions
+def test_max_completion_tokens_counts_and_the_default_is_the_context() -> None:
+    with serving(toy_engine(max_positions=60)) as running:
+        assert running.chat(max_completion_tokens=6, **PLAIN)["usage"]["completion_tokens"] == 6
+        ended = running.chat(**PLAIN, stop=["\x00"], ignore_eos=True)["usage"]
+        assert ended["total_tokens"] == running.desk.max_positions == 60
 
 
 def test_fields_that_change_nothing_are_taken(toy: Running) -> None:

@@ -94,8 +94,8 @@ def answers_to_schema(running: Running, count: int) -> int:
         return sum(pool.map(ask, bodies))
 
 
-def test_twelve_answers_fit_their_schema(wide: Running) -> None:
-    assert answers_to_schema(wide, 12) == 12
+def test_six_answers_fit_their_schema(wide: Running) -> None:
+    assert answers_to_schema(wide, 6) == 6
 
 
 @pytest.mark.slow
@@ -110,8 +110,8 @@ def test_json_objects_and_streams(wide: Running) -> None:
     events = wide.events(CHAT, fields)
     deltas = [event["choices"][0]["delta"].get("content", "") for event in events]
     assert "".join(deltas) == whole
-    for seed in range(3):  # a free object of a random model seldom comes to its end
-        free = {"response_format": {"type": "json_object"}, "seed": seed, "max_tokens": 60}
+    for seed in range(2):  # a free object of a random model seldom comes to its end
+        free = {"response_format": {"type": "json_object"}, "seed": seed, "max_tokens": 40}
         (choice,) = wide.chat(**free)["choices"]
         assert choice["message"]["content"].lstrip().startswith("{")
         if choice["finish_reason"] == "stop":
@@ -127,7 +127,7 @@ def test_json_objects_and_streams(wide: Running) -> None:
     ],
 )
 def test_structured_outputs(wide: Running, wish: dict[str, Any], pattern: str) -> None:
-    for seed in range(3):
+    for seed in range(2):
         (choice,) = wide.chat(structured_outputs=wish, seed=seed, max_tokens=200)["choices"]
         assert choice["finish_reason"] == "stop"
         assert re.fullmatch(pattern, choice["message"]["content"])
@@ -167,6 +167,8 @@ def test_some_function_is_called_where_one_is_required(wide: Running) -> None:
         name = call["function"]["name"]
         checks[name](json.loads(call["function"]["arguments"]))
         names.add(name)
+        if len(names) == 2:
+            break
     assert names == {"describe", "point"}
 
 

@@ -32,15 +32,15 @@ def texts(browser: Browser, selector: str) -> list[Any]:
 
 def test_an_answer_is_shown_with_its_drafted_parts_tinted(toy: Running, browser: Browser) -> None:
     browser.size(1280, 900)
-    browser.open(f"{toy.url}/?ask=Hello&compare=1&tokens=40")
+    browser.open(f"{toy.url}/?ask=Hello&compare=1&tokens=20")
     browser.wait(DONE)
     prompt = [{"role": "user", "content": "Hello"}]
-    (result,) = toy_engine().generate([prompt], dspark.SamplingParams(max_tokens=40))
+    (result,) = toy_engine().generate([prompt], dspark.SamplingParams(max_tokens=20))
     assert texts(browser, ".user") == ["Hello"]
     assert texts(browser, ".text") == [result.text, result.text]
     assert len(browser.value(TINTED)) == result.stats.accepted > 0
     first, second = texts(browser, ".figures")
-    assert f"40 tokens \u00b7 {result.stats.accepted_length:.2f} tau" in first
+    assert f"20 tokens \u00b7 {result.stats.accepted_length:.2f} tau" in first
     assert "1.00 tau" in second
     (verdict,) = texts(browser, ".verdict")
     assert verdict.endswith("the speed of plain decoding, the same text.")
@@ -50,7 +50,7 @@ def test_an_answer_is_shown_with_its_drafted_parts_tinted(toy: Running, browser:
 @pytest.mark.parametrize("is_dark", [True, False])
 def test_nothing_is_wider_than_a_phone(toy: Running, browser: Browser, is_dark: bool) -> None:
     browser.size(390, 844, is_dark=is_dark)
-    browser.open(f"{toy.url}/?ask={'Hello' * 20}&compare=1&tokens=60")
+    browser.open(f"{toy.url}/?ask={'Hello' * 20}&compare=1&tokens=16")
     browser.wait(DONE)
     assert browser.value("document.documentElement.scrollWidth") == 390
     tops = browser.value(
@@ -106,7 +106,7 @@ def test_an_answer_can_be_stopped(browser: Browser) -> None:
     engine = toy_engine()
     engine.target.pause = 0.05  # type: ignore[attr-defined]
     with serving(engine) as running:
-        browser.open(f"{running.url}/?ask=Hello&tokens=400")
+        browser.open(f"{running.url}/?ask=Hello&tokens=200")
         browser.wait("document.querySelector('.text')?.textContent.length > 3")
         browser.value("$('send').click()")
         browser.wait(DONE)

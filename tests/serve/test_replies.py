@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dspark.serve.layout import CallForm, Layout
@@ -23,6 +23,7 @@ from dspark.serve.replies import (
     WholeCall,
     read_json_calls,
 )
+from tests.conftest import examples
 from tests.serve.toys import Running, script_engine, serving
 
 CHAT = "/v1/chat/completions"
@@ -170,7 +171,7 @@ CASES: list[tuple[str, Callable[[], Reply], str, dict[str, Any]]] = [
 @pytest.mark.parametrize(
     ("make", "text", "expected"), [case[1:] for case in CASES], ids=[case[0] for case in CASES]
 )
-@settings(max_examples=25)
+@examples(10, 100)
 @given(data=st.data())
 def test_an_answer_is_read_alike_however_it_is_cut(
     make: Callable[[], Reply], text: str, expected: dict[str, Any], data: st.DataObject

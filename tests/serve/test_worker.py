@@ -51,7 +51,7 @@ def test_eight_streams_at_once_say_what_each_says_alone(toy: Running) -> None:
     bodies = [
         {
             "messages": messages("abcdefgh"[: n + 1]),
-            "max_tokens": 16 + n,
+            "max_tokens": 8 + n,
             "temperature": 0.9 * (n % 2),
             "seed": n,
         }
@@ -107,7 +107,7 @@ def test_a_client_that_goes_before_its_turn_leaves_the_queue() -> None:
 def test_a_slow_reader_holds_up_nobody() -> None:
     fields = {"messages": messages("Hello"), "stream": True, "temperature": 0}
     # Log-probabilities make the answer larger than what the network keeps for such a reader.
-    large = {**fields, "max_tokens": 300, "n": 2, "ignore_eos": True, "logprobs": True}
+    large = {**fields, "max_tokens": 120, "n": 2, "ignore_eos": True, "logprobs": True}
     with serving(toy_engine(), send_buffer=4096) as running, socket.socket() as own:
         own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         own.connect(("127.0.0.1", running.port))
@@ -127,7 +127,7 @@ def test_a_slow_reader_holds_up_nobody() -> None:
             for choice in event["choices"]:
                 texts[choice["index"]] += choice["delta"].get("content", "")
         link.close()
-    params = dspark.SamplingParams(max_tokens=300, ignore_eos=True)
+    params = dspark.SamplingParams(max_tokens=120, ignore_eos=True)
     (alone,) = toy_engine().generate([messages("Hello")], params)
     assert texts == [alone.text] * 2
 
@@ -164,8 +164,8 @@ def asking_later(running: Running, **fields: Any) -> Iterator[None]:
 
 def test_a_request_that_takes_too_long_is_ended() -> None:
     engine = toy_engine()
-    engine.target.pause = 0.05  # type: ignore[attr-defined]
-    with serving(engine, request_timeout=0.5) as running:
+    engine.target.pause = 0.02  # type: ignore[attr-defined]
+    with serving(engine, request_timeout=0.2) as running:
         long = {"messages": messages("Hi"), "max_tokens": 400, "ignore_eos": True}
         status, answer, headers = running.ask(CHAT, long)
         assert status == 504
@@ -253,7 +253,7 @@ def test_a_drain_finishes_what_runs_and_takes_nothing_new() -> None:
     engine = toy_engine()
     engine.target.pause = 0.02  # type: ignore[attr-defined]
     with serving(engine, drain_seconds=30) as running:
-        with asking(running, max_tokens=60, ignore_eos=True) as reply:
+        with asking(running, max_tokens=30, ignore_eos=True) as reply:
             read_event(reply)
             loop = running.server._loop
             assert loop is not None
@@ -275,7 +275,7 @@ def test_a_drain_that_takes_too_long_ends_what_runs() -> None:
     engine = toy_engine()
     engine.target.pause = 0.05  # type: ignore[attr-defined]
     with (
-        serving(engine, drain_seconds=0.3) as running,
+        serving(engine, drain_seconds=0.1) as running,
         asking(running, max_tokens=400, ignore_eos=True) as reply,
     ):
         read_event(reply)

@@ -69,12 +69,12 @@ def recipe_values(folder: Path, **changes: Any) -> dict[str, Any]:
         "optimizer": {"lr": 3e-3},
         "schedule": {},
         "run": {
-            "steps": 6,
+            "steps": 4,
             "sequences_per_step": 3,
-            "tokens_per_forward": 64,
+            "tokens_per_forward": 128,
             "anchors": 0.5,
             "checkpoint_every": 2,
-            "validate_every": 3,
+            "validate_every": 2,
         },
     }
     for name, value in changes.items():

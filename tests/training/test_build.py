@@ -133,7 +133,7 @@ def test_layers_of_other_sizes_cannot_be_copied(tmp_path):
 
 
 def test_a_run_may_start_from_a_draft(tmp_path):
-    recipe = make_run(tmp_path, run_steps=2, draft_storage="float32")
+    recipe = make_run(tmp_path, run_steps=1, run_validate_every=0, draft_storage="float32")
     setup = prepare(recipe, device="cpu")
     Trainer(setup, tmp_path / "out", reporter=SilentReporter()).run()
     start = str(tmp_path / "out" / "last")
@@ -147,11 +147,13 @@ def test_a_run_may_start_from_a_draft(tmp_path):
         built(tmp_path, draft_init_from_draft=str(tmp_path / "target"))
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3"])
+@pytest.mark.parametrize(
+    "family", [pytest.param("qwen3", marks=pytest.mark.slow), "gemma2", "gemma3"]
+)
 def test_other_families_are_trained_for(tmp_path, family):
     write_target(tmp_path / "target", family)
     write_shard(tmp_path / "shard.jsonl.gz")
-    recipe = make_run(tmp_path, run_steps=3, draft_style="qwen3", run_validate_every=0)
+    recipe = make_run(tmp_path, run_steps=1, draft_style="qwen3", run_validate_every=0)
     setup = prepare(recipe, device="cpu")
     outcome = Trainer(setup, tmp_path / "out", reporter=SilentReporter()).run()
     assert outcome.is_done

@@ -188,6 +188,6 @@ def test_going_on_with_another_rounding_is_said(tmp_path):
     setup = prepare(make_run(tmp_path, run_target_quant="int8"), device="cpu")
     notes = Notes()
     outcome = Trainer(setup, tmp_path / "out", reporter=notes).run(lambda: None)
-    assert outcome.step == 6
+    assert outcome.step == 4
     assert any("run.target_quant was 'none' and is 'int8'" in note for note in notes.said)
     assert "rounded to int8" in (tmp_path / "out" / "best" / "README.md").read_text()

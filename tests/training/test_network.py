@@ -65,7 +65,7 @@ def test_a_packed_block_is_the_block_alone(style, anchor_predicts):
     module, teacher = make_trainable(style, sample_from_anchor=anchor_predicts)
     network = BlockTraining(module, teacher, LossSection())
     samples, features, chosen, packed = packed_batch(
-        module, teacher, lambda s: range(s.start, s.length - 1, 3)
+        module, teacher, lambda s: range(s.start, s.length - 1, 5)
     )
     with torch.no_grad():
         together = network.hidden(packed)
@@ -75,7 +75,7 @@ def test_a_packed_block_is_the_block_alone(style, anchor_predicts):
                 alone = one_block(module, sample, own, int(anchor))
                 torch.testing.assert_close(together[row], alone, rtol=2e-4, atol=2e-5)
                 row += 1
-    assert row == together.shape[0] > 28
+    assert row == together.shape[0] > 15
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -63,11 +63,11 @@ def test_a_run_says_what_it_does_and_where_the_draft_is(tmp_path):
     assert result.exit_code == 0, result.output
     outcome = json.loads(result.stdout)
     assert outcome["is_done"]
-    assert outcome["step"] == outcome["total"] == 6
+    assert outcome["step"] == outcome["total"] == 4
     shown = " ".join(result.stderr.split())
     assert "draft.block_size = 4" in shown
-    assert "step 1 of 6: loss" in shown
-    assert "held out at step 6" in shown
+    assert "step 1 of 4: loss" in shown
+    assert "held out at step 4" in shown
     assert "--draft" in shown
 
 
@@ -76,13 +76,13 @@ def test_time_may_be_limited(tmp_path):
     out = str(tmp_path / "out")
     result = run(str(recipe), "--out", out, "--max-minutes", "0")
     assert result.exit_code == 0
-    assert "time is up after step 1 of 6; run the same command again" in result.stderr
+    assert "time is up after step 1 of 4; run the same command again" in result.stderr
     result = run(str(recipe), "--out", out, "--resume", "must", "--json", "--quiet")
     assert json.loads(result.stdout)["is_done"]
     assert result.stderr == ""
     result = run(str(recipe), "--out", out, "--resume", "never")
     assert isinstance(result.exception, ConfigError)
-    assert "holds a run, up to step-00000006" in str(result.exception)
+    assert "holds a run, up to step-00000004" in str(result.exception)
 
 
 @pytest.mark.parametrize(

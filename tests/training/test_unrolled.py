@@ -192,12 +192,19 @@ def test_gradients_are_those_of_the_written_out_loss(name, monkeypatch):
 # -- what a run leaves ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["eagle3", "mtp"])
-@pytest.mark.parametrize("owned", [False, True])
+@pytest.mark.parametrize(
+    ("owned", "kind"),
+    [
+        (False, "mtp"),
+        (True, "eagle3"),
+        pytest.param(False, "eagle3", marks=pytest.mark.slow),
+        pytest.param(True, "mtp", marks=pytest.mark.slow),
+    ],
+)
 def test_a_published_draft_proposes_what_the_network_says(tmp_path, kind, owned):
     """A drafted path with its laws, against the network run on a text that goes on with it."""
     recipe = make_run(
-        tmp_path, **KINDS[kind], draft_storage="float32", draft_owns_head=owned, run_steps=3
+        tmp_path, **KINDS[kind], draft_storage="float32", draft_owns_head=owned, run_steps=2
     )
     setup = prepare(recipe, device="cpu")
     Trainer(setup, tmp_path / "out", reporter=SilentReporter()).run()

@@ -33,7 +33,7 @@ def test_a_run_leaves_a_draft_that_loads(folder, kind):
     assert outcome.is_done
     assert outcome.skipped == 0
     lines = log_of(folder)
-    assert [line["step"] for line in lines if line["kind"] == "validation"] == [3, 6]
+    assert [line["step"] for line in lines if line["kind"] == "validation"] == [2, 4]
     assert all(len(line["acceptance"]) == 3 for line in lines)
     assert all(line["loss"] == line["ce"] for line in lines)
     for name in ("last", "best"):
@@ -159,7 +159,7 @@ def test_the_layer_may_start_as_one_of_the_target_s(folder):
 @pytest.mark.parametrize("owned", [False, True])
 def test_a_run_may_start_from_a_draft(folder, owned):
     changes = {**EAGLE3, "draft_storage": "float32", "draft_owns_head": owned}
-    setup, _ = train(folder, **changes, run_steps=2)
+    setup, _ = train(folder, **changes, run_steps=1, run_validate_every=0)
     start = {"draft_init_from_draft": str(folder / "out" / "last")}
     again = prepare(make_run(folder, **changes, **start), device="cpu").module
     assert again.state_dict().keys() == setup.module.state_dict().keys()
@@ -180,11 +180,15 @@ def test_layers_that_are_not_there_are_refused(folder, ids, message):
         prepare(make_run(folder, **EAGLE3, draft_target_layer_ids=ids), device="cpu")
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma4"])
+@pytest.mark.parametrize(
+    "family",
+    # "qwen3" has nothing of its own here: norms of queries are the draft's in all three.
+    [pytest.param("qwen3", marks=pytest.mark.slow), "gemma2", "gemma4"],
+)
 def test_other_families_are_trained_for(tmp_path, family):
     write_target(tmp_path / "target", family)
     write_shard(tmp_path / "shard.jsonl.gz")
-    changes = {**EAGLE3, "draft_style": "qwen3", "run_steps": 2, "run_validate_every": 0}
+    changes = {**EAGLE3, "draft_style": "qwen3", "run_steps": 1, "run_validate_every": 0}
     setup, outcome = train(tmp_path, **changes)
     assert outcome.skipped == 0
     loaded = read_module(tmp_path / "out" / "last", setup.target.info)

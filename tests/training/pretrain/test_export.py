@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from dspark.base_model.checkpoint import Checkpoint
+from dspark.base_model.config import V4Config
 from dspark.base_model.expert_store import ResidentExperts
 from dspark.base_model.model import V4Model
+from dspark.base_model.names import Storage, TensorSpec, expected_tensors
 from dspark.engine import Engine
 from dspark.errors import CheckpointError
 from dspark.request import SamplingParams
@@ -113,21 +116,29 @@ def test_a_checkpoint_lacks_nothing_and_is_not_written_over(trained, packed, tmp
     assert not (tmp_path / "new").exists()
 
 
+def answer(folder: Path, draft: str) -> tuple[Engine, list[int]]:
+    engine = Engine.load(target=str(folder), draft=draft, dtype="float32", exact=False)
+    params = SamplingParams(max_tokens=8, temperature=0.0)
+    [result] = engine.generate(["def add_1"], params)
+    return engine, list(result.token_ids)
+
+
+@pytest.fixture(scope="module")
+def plain_answer(packed: Path) -> list[int]:
+    return answer(packed, "none")[1]
+
+
 @pytest.mark.parametrize("kind", ["dspark", "mtp"])
-def test_the_whole_chain_generates_with_its_own_draft(kind, packed, tmp_path):
+def test_the_whole_chain_generates_with_its_own_draft(kind, packed, plain_answer, tmp_path):
     target = read_target(packed, draft_config(RECIPE.model, "none"))
     training = DraftTraining(RECIPE, kind, target, toys.tokens())
-    run_leg(training, tmp_path / "run", Leg(max_steps=2), lambda _: None)
+    run_leg(training, tmp_path / "run", Leg(max_steps=1), lambda _: None)
     config = draft_config(RECIPE.model, kind)
     draft = export.draft_tensors(tmp_path / "run", kind, config)
     export.add_draft(tmp_path / "v4", packed, config, draft, "card\n")
-    engine = Engine.load(target=str(tmp_path / "v4"), draft="auto", dtype="float32", exact=False)
+    engine, drafted = answer(tmp_path / "v4", "auto")
     assert engine.drafter.name == kind
-    params = SamplingParams(max_tokens=8, temperature=0.0)
-    [result] = engine.generate(["def add_1"], params)
-    plain = Engine.load(target=str(tmp_path / "v4"), draft="none", dtype="float32", exact=False)
-    [expected] = plain.generate(["def add_1"], params)
-    assert result.token_ids == expected.token_ids
+    assert drafted == plain_answer
     other = "mtp" if kind == "dspark" else "dspark"
     with pytest.raises(CheckpointError, match=f"trained '{kind}', but '{other}' is wanted"):
         export.draft_tensors(tmp_path / "run", other, config)
@@ -161,11 +172,45 @@ def test_the_card_names_text_licences_hours_and_figures():
         assert part in card
 
 
-# The larger one is the one that may not fit.
-@pytest.mark.parametrize("name", [pytest.param("v4-mini", marks=pytest.mark.slow), "v4-mini-long"])
+def packed_bytes(config: V4Config) -> int:
+    """Bytes of the tensors of a packed checkpoint, from their shapes."""
+    return sum(_bytes_of(spec) for spec in expected_tensors(config).values())
+
+
+def _bytes_of(spec: TensorSpec) -> int:
+    count = math.prod(spec.shape)
+    if spec.storage is Storage.FP8:  # one scale for every square of 128
+        return count + math.prod(-(-size // 128) for size in spec.shape)
+    if spec.storage is Storage.EXPERT:  # two codes in a byte, one scale for every 32
+        return count // 2 + count // 32
+    return count * {Storage.BF16: 2, Storage.F32: 4, Storage.I64: 8}[spec.storage]
+
+
+def mini_config(name: str) -> V4Config:
+    return read_recipe(Path(__file__).parents[3] / "recipes" / f"{name}.toml").model
+
+
+def test_packed_checkpoints_are_as_large_as_their_shapes_say(packed):
+    assert packed_bytes(draft_config(RECIPE.model, "none")) == Checkpoint.open(packed).nbytes()
+
+
+@pytest.mark.parametrize("name", ["v4-mini", "v4-mini-long"])
+def test_the_shapes_of_v4_mini_take_at_most_40_mb(name):
+    """Both draft modules counted, and a megabyte for the tokenizer and the rest."""
+    config = mini_config(name)
+    target, dspark, mtp = (
+        packed_bytes(draft_config(config, kind)) for kind in ("none", "dspark", "mtp")
+    )
+    assert target < mtp < dspark
+    assert dspark + (mtp - target) < 37e6
+    assert config.dspark_block_size == 5
+
+
+@pytest.mark.slow  # packs models of full size
+@pytest.mark.parametrize("name", ["v4-mini", "v4-mini-long"])
 def test_v4_mini_packs_to_at_most_40_mb(name, tmp_path):
     """Both draft modules counted, with the recipe's own shapes and untrained weights."""
-    config = read_recipe(Path(__file__).parents[3] / "recipes" / f"{name}.toml").model
+    config = mini_config(name)
     network, draft = V4Network(config), DSparkNetwork(config)
     initialise(network, 0)
     initialise(draft, 1)

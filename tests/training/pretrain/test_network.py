@@ -57,8 +57,19 @@ def package_logits(config: V4Config, network: V4Network, ids: torch.Tensor) -> t
     return feed(model, cache, open_slot(cache), ids.tolist())
 
 
-@pytest.mark.parametrize("length", [1, 7, 16, 75])
-@pytest.mark.parametrize("indexer", ["off", "select"])
+@pytest.mark.parametrize(
+    ("indexer", "length"),
+    [
+        ("off", 1),
+        ("off", 75),
+        ("select", 7),
+        ("select", 16),
+        ("select", 75),
+        pytest.param("off", 7, marks=pytest.mark.slow),
+        pytest.param("off", 16, marks=pytest.mark.slow),
+        pytest.param("select", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_logits_are_those_of_the_package(length, indexer):
     # With "off" the network attends to every entry, as the package does if the indexer keeps all.
     config = CONFIG if indexer == "select" else replace(CONFIG, index_topk=64)
