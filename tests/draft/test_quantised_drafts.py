@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -255,15 +256,20 @@ def test_every_backbone_drafts_unrounded_what_it_did(make_context, style):
 
 
 @needs_compiler
-def test_rows_of_the_targets_head_are_packed_too(make_context):
+@pytest.mark.parametrize("bias", [False, True])
+def test_rows_of_the_targets_head_are_packed_too(make_context, monkeypatch, bias):
     teacher, vocab = ToyTeacher(), DraftVocab.build(VOCAB, range(1, VOCAB, 2))
+    stated = torch.linspace(-2, 2, vocab.draft_size) if bias else None
+    rows = replace(teacher.head_rows(vocab.ids), bias=stated)
+    monkeypatch.setattr(teacher, "head_rows", lambda ids=None: rows)
     shared = {"owns_embedding": False, "owns_head": False, "shares": teacher, "vocab": vocab}
     stock, mine = make_module(**shared), make_module(**shared)
     assert drafts.pack_draft(mine, "int8", "auto") == "int8"
     hidden = torch.randn(4, HIDDEN)
-    rows = teacher.head_rows(vocab.ids)
-    layer = linear(HIDDEN, vocab.draft_size, bias=False)
+    layer = linear(HIDDEN, vocab.draft_size, bias=bias)
     layer.weight.data = rows.weight.detach().float()
+    if bias:
+        layer.bias.data = stated
     torch.testing.assert_close(
         mine.base_logits(hidden), Rounded(layer)(hidden), rtol=1e-4, atol=1e-4
     )
