@@ -1,19 +1,19 @@
 """Weights of a draft module: time of `propose` and tau, stock layers against packed and int8.
 
-    python benchmarks/draft_quant.py FOLDER [FOLDER ...] [--prompts FILE.jsonl] [--out FILE]
+    python benchmarks/draft_quant.py FOLDER [FOLDER ...] [--prompts SET] [--out FILE]
 
 The target answers every prompt greedily, once, and gives the hidden states of prompt and answer.
 Then rounds are replayed along each answer with every draft as torch runs it ("float"), packed
 without rounding ("none") and rounded to int8, in turn: a drafted path counts as far as it is the
 answer's own, as verification would find. Time is CPU time of the process, so that other work on
 the machine does not count. tau is tokens per round; its ratio to float has a 95 % interval from
-drawing prompts anew. The last line is one JSON object.
+drawing prompts anew. Before that single layers are timed, stock and int8. The last line is one JSON
+object.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -23,10 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 from common import describe, finish, ratio
-from prompts import FREE, REPEATING
 
 import dspark
+from dspark.adapters.fused.library import load_library
+from dspark.adapters.fused.linear import PackedLinear
 from dspark.draft.base import DraftContext, Drafter
+from dspark.eval.prompts import OWN, load_prompts
+from dspark.folders import cache_root
 from dspark.loading import build_drafter
 from dspark.models import resolve_model
 from dspark.registry import LoadedTarget, LoadOptions
@@ -34,6 +37,9 @@ from dspark.request import Rule
 from dspark.target import BatchPart, Target, TokenBatch
 from dspark.tree import DraftTree
 from dspark.verify.noise import NoiseKey
+
+LAYERS = ((256, 512), (384, 512), (512, 512), (576, 1536))
+"""Outputs and inputs of single layers."""
 
 KINDS = {"float": ("none", "plain"), "none": ("none", "fused"), "int8": ("int8", "auto")}
 DRAWS = 2000
@@ -48,12 +54,9 @@ class Answer:
     hidden: dict[int, torch.Tensor]
 
 
-def questions(file: str | None, count: int) -> list[str]:
-    """Texts of prompts: of a file, spread over it, or the project's own."""
-    if file is None:
-        return [*FREE, *REPEATING][:count]
-    lines = Path(file).read_text(encoding="utf-8").splitlines()
-    texts = [json.loads(line)["turns"][0] for line in lines]
+def questions(source: str, count: int) -> list[str]:
+    """First turns of a prompt set, spread over it."""
+    texts = [question.turns[0] for question in load_prompts(source).questions]
     return texts[:: max(1, len(texts) // count)][:count]
 
 
@@ -159,12 +162,31 @@ def compare(drafters: dict[str, Drafter], texts: list[Answer], budget: int) -> d
     return {"tokens": int(base[:, 0].sum()), **found}
 
 
+def layer_microseconds(turns: int = 400) -> dict[str, dict[str, float]]:
+    """Median CPU time of one layer by rows, stock float32 and int8 in turns."""
+    library, found = load_library(cache_root() / "kernels"), {}
+    for outputs, inputs in LAYERS:
+        stock = torch.nn.Linear(inputs, outputs, bias=False).requires_grad_(False)
+        layers = {"float": stock, "int8": PackedLinear(stock, library, "int8")}
+        for rows in (1, 5):
+            x = torch.randn(rows, inputs)
+            times: dict[str, list[float]] = {name: [] for name in layers}
+            for _ in range(turns):
+                for name, layer in layers.items():
+                    start = time.process_time()
+                    layer(x)
+                    times[name].append(1e6 * (time.process_time() - start))
+            medians = {name: round(float(np.median(own)), 1) for name, own in times.items()}
+            found[f"{outputs} x {inputs}, {rows} rows"] = medians
+    return found
+
+
 def main() -> None:
     """Load the drafts in each kind of weights and compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("drafts", nargs="+", metavar="FOLDER")
     parser.add_argument("--target", default="smollm2-135m")
-    parser.add_argument("--prompts", help="JSON lines with turns; default: the project's own")
+    parser.add_argument("--prompts", default=OWN, help="as for `dspark eval --prompts`")
     parser.add_argument("--questions", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--budget", type=int, default=15, help="nodes of a tree")
@@ -173,6 +195,8 @@ def main() -> None:
     parser.add_argument("--out")
     args = parser.parse_args()
     engine = dspark.Engine.load(args.target, "none", threads=args.threads)
+    layers_us = layer_microseconds()
+    print(layers_us, file=sys.stderr, flush=True)
     loaded = LoadedTarget(
         target=engine.target, codec=engine.codec, folder=Path(resolve_model(args.target))
     )
@@ -191,7 +215,7 @@ def main() -> None:
     print("answers are there", file=sys.stderr, flush=True)
     found = {name: compare(kinds, texts, args.budget) for name, kinds in every.items()}
     facts = {**describe(), "threads": torch.get_num_threads(), "questions": len(texts)}
-    finish({**facts, "drafts": found}, args.out)
+    finish({**facts, "layers, us": layers_us, "drafts": found}, args.out)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ __all__ = ["LEAST_LAYER", "LEAST_WEIGHTS", "pack_draft"]
 
 logger = logging.getLogger(__name__)
 
-LEAST_LAYER = 1 << 17
+LEAST_LAYER = 1 << 18
 """Weights of a layer from which int8 is faster than torch for one row as for several; smaller ones
-stay as they are unless asked for (measured: docs/quantised.md)."""
+stay as they are unless asked for (benchmarks/draft_quant.py, docs/quantised.md)."""
 
 LEAST_WEIGHTS = 1_000_000
 """Weights in such layers from which a draft is packed unasked: compiling would not pay before."""
