@@ -19,15 +19,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from common import describe, finish, milliseconds, ratio
 
+from dspark.eval.profile_steps import StepBench, sample_texts
 from dspark.models.resolve import resolve_model
 from dspark.registry import LoadOptions, load_target
-from dspark.target import BatchPart, Target, TokenBatch
 
 _CONTEXT = 64
+
+_BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
+"""A program that computes as long as this one lives."""
 
 
 @contextmanager
@@ -36,7 +38,7 @@ def busy_programs(count: int) -> Iterator[None]:
     running = []
     try:
         for i in range(count):
-            running.append(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+            running.append(subprocess.Popen([sys.executable, "-c", _BUSY]))
             if hasattr(os, "sched_setaffinity"):
                 cores = sorted(os.sched_getaffinity(0))
                 os.sched_setaffinity(running[-1].pid, {cores[-1 - i % len(cores)]})
@@ -45,37 +47,6 @@ def busy_programs(count: int) -> Iterator[None]:
         for program in running:
             program.kill()
             program.wait()
-
-
-class Forwards:
-    """Forwards of any number of rows behind one short prompt.
-
-    Args:
-        target: The target.
-    """
-
-    def __init__(self, target: Target) -> None:
-        self._target = target
-        self._cache = target.new_cache()
-        self._slot, _ = self._cache.open([])
-        self._cache.reserve(self._slot, _CONTEXT)
-        prompt = BatchPart.chain(self._slot, list(range(2, 2 + _CONTEXT)), 0, want_last=False)
-        target.forward(TokenBatch.build([prompt]), self._cache)
-        self._cache.commit(self._slot, range(_CONTEXT))
-
-    def seconds(self, rows: int, count: int) -> list[float]:
-        """Time of so many forwards of a chain of `rows`."""
-        positions, parents = np.arange(_CONTEXT, _CONTEXT + rows), np.arange(-1, rows - 1)
-        times = []
-        for _ in range(count):
-            self._cache.reserve(self._slot, rows)
-            part = BatchPart(self._slot, [1] * rows, positions, parents, range(rows))
-            batch = TokenBatch.build([part])
-            start = time.perf_counter()
-            self._target.forward(batch, self._cache)
-            times.append(time.perf_counter() - start)
-            self._cache.commit(self._slot, [])
-        return times
 
 
 def _numbers(text: str) -> list[int]:
@@ -98,14 +69,16 @@ def main() -> None:
     paths = {}
     for path in ("plain", "fused"):
         options = LoadOptions(name=args.target, dtype=args.dtype, path=path)
-        paths[path] = Forwards(load_target(resolve_model(args.target), options).target)
+        target = load_target(resolve_model(args.target), options).target
+        paths[path] = StepBench(target, sample_texts(target, None, 1, _CONTEXT), time.perf_counter)
+        paths[path].extend(_CONTEXT)
     times: dict[tuple[str, int, int], list[float]] = {}
     for turn in range(args.turns + 1):
         for busy in args.busy:
             with busy_programs(busy):
-                for path, forwards in paths.items():
+                for path, bench in paths.items():
                     for rows in args.rows:
-                        found = forwards.seconds(rows, args.count)
+                        found = [bench.step([rows]) for _ in range(args.count)]
                         if turn:
                             times.setdefault((path, rows, busy), []).extend(found)
         print(f"turn {turn} of {args.turns}", file=sys.stderr)
