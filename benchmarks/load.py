@@ -15,7 +15,7 @@ Ctrl-C it holds the turns that are whole.
 
 Figures of a run: output tokens per second; the median request's tokens per second and time to its
 first token; tau; verified nodes per request and round, the average verification budget;
-preemptions.
+milliseconds of a round in the forward, in drafting and besides; preemptions.
 """
 
 from __future__ import annotations
@@ -118,6 +118,7 @@ class Load:
             if result.error is not None:
                 raise SystemExit(f"{self.name} at {self.concurrency}: {result.error}")
         figures = {"tokens per second": tokens / seconds, **_figures(results)}
+        figures |= _round_milliseconds(results, self.concurrency)
         figures["preemptions"] = engine.stats.preemptions - before
         return figures, [result.token_ids for result in results]
 
@@ -143,6 +144,20 @@ def _figures(results: list[dspark.GenerationResult]) -> dict[str, float]:
         "drafted nodes per request and round": sum(s.proposed for s in stats) / max(1, rounds),
         "share accepted": sum(s.accepted for s in stats) / max(1, sum(s.verified for s in stats)),
     }
+
+
+def _round_milliseconds(
+    results: list[dspark.GenerationResult], concurrency: int
+) -> dict[str, float]:
+    """Where the time of a round goes, prompts left out; each request has its share of it."""
+    stats = [result.stats for result in results]
+    rounds = sum(s.rounds for s in stats) / concurrency
+    parts = {
+        "forward": sum(s.seconds_verify for s in stats),
+        "drafting": sum(s.seconds_draft for s in stats),
+        "rest": sum(s.seconds_rest for s in stats),
+    }
+    return {f"ms of a round, {name}": 1e3 * seconds / rounds for name, seconds in parts.items()}
 
 
 def configurations(args: argparse.Namespace, base: dspark.Engine) -> list[Load]:
