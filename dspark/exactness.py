@@ -37,7 +37,7 @@ __all__ = [
 DEFAULT_MAX_COST = 0.10
 """Exact mode is the default unless it slows a one-row step by more than this."""
 
-_SCHEMA = 7
+_SCHEMA = 8
 
 _CONTEXT = 253
 """Tokens of the check's context: a page of 256 ends inside the tree, and so do shorter windows."""

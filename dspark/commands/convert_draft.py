@@ -13,6 +13,7 @@ from dspark.draft.formats.programs import Program
 from dspark.errors import CapabilityError, ConfigError
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
 
     from dspark.draft.formats.borrow import Lender
@@ -102,10 +103,10 @@ def _target_info(target: str, facts: TargetFacts) -> TargetInfo:
 
 
 def _lender(name: str | None, console: Console) -> Lender:
-    """Loads the target once, when it is asked for."""
+    """Loads the target once, when it is asked for, in the dtype that the draft is stored in."""
 
     @cache
-    def load() -> SharesHeadRows:
+    def load(dtype: torch.dtype) -> SharesHeadRows:
         from dspark.models.resolve import resolve_model
         from dspark.registry import LoadOptions, load_target
         from dspark.target import SharesHeadRows
@@ -117,7 +118,8 @@ def _lender(name: str | None, console: Console) -> Lender:
                 hint="name it: --target NAME",
             )
         folder = resolve_model(name)
-        options = LoadOptions(name=name, exact=False, has_many_rows=True)
+        kind = str(dtype).removeprefix("torch.")
+        options = LoadOptions(name=name, dtype=kind, exact=False, has_many_rows=True)
         with ui.loading(console, f"loading {name}"):
             loaded = load_target(folder, options).target
         if not isinstance(loaded, SharesHeadRows):

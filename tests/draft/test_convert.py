@@ -208,7 +208,9 @@ def test_a_head_that_is_more_than_its_rows_is_not_copied(tmp_path, change, field
             return replace(super().head_rows(ids), **change)
 
     with pytest.raises(CapabilityError, match=field):
-        run(native(tmp_path / "a", **SHARED), tmp_path / "b", "deepspec", lender=Odd)
+        run(
+            native(tmp_path / "a", **SHARED), tmp_path / "b", "deepspec", lender=lambda dtype: Odd()
+        )
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):

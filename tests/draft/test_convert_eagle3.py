@@ -41,7 +41,7 @@ class Eagle3Target:
         raise AssertionError("an EAGLE-3 draft has a head")
 
 
-def run_eagle3(source, dest, to, lender=Eagle3Target, **options):
+def run_eagle3(source, dest, to, lender=lambda dtype: Eagle3Target(), **options):
     return convert_draft(source, dest, Program(to), info=E3, lender=lender, **options)
 
 

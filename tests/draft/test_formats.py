@@ -63,7 +63,8 @@ def assert_same_trees(one, other, make_context):
     assert first.num_nodes > 3
     assert first.token.tolist() == second.token.tolist()
     assert first.parent.tolist() == second.parent.tolist()
-    torch.testing.assert_close(first.survival, second.survival)
+    # A fused matrix may sum in another order: one in float32, as probabilities.
+    torch.testing.assert_close(first.survival, second.survival, rtol=1e-4, atol=1e-6)
 
 
 def rewrite(folder, **changes):

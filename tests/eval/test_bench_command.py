@@ -105,8 +105,9 @@ def test_runs_are_kept_in_the_order_in_which_they_ran(sweep: Path) -> None:
 
 
 def test_the_figures_are_of_all_configurations(
-    sweep: Path, capsys: pytest.CaptureFixture[str]
+    sweep: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "120")  # a tiny model's speeds have many digits
     found = json.loads(sweep.read_text())
     for cell in found["figures"]:
         assert (cell["repeats"], cell["ended_early"], cell["failed"]) == (2, 0, [])

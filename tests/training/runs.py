@@ -75,6 +75,8 @@ def recipe_values(folder: Path, **changes: Any) -> dict[str, Any]:
             "anchors": 0.5,
             "checkpoint_every": 2,
             "validate_every": 2,
+            "dtype": "float32",
+            "target_dtype": "float32",
         },
     }
     for name, value in changes.items():

@@ -6,10 +6,10 @@ row stands:
 
 - Scores are one product over the head size per (row, column); no order to get wrong.
 - The softmax is taken in float32 against the row's own maximum, which is exact.
-- Numerator and denominator come out of one product P @ [V, 1], summed block by block over PAGE
-  positions. Within a block the product adds its columns one after another, so a masked column,
-  an exact zero, changes nothing wherever it stands: a node's path gives the same sum as the same
-  tokens side by side in plain decoding. Blocks are added in order of position.
+- Numerator and denominator come out of one product P @ [V, 1], summed block by block of positions.
+  Within a block the product adds its columns one after another, so a masked column, an exact zero,
+  changes nothing wherever it stands: a node's path gives the same sum as the same tokens side by
+  side in plain decoding. Blocks are added in order of position.
 
 Both claims about products are properties of the machine's kernels; the probe at load checks them
 (exact.py). `fast` is torch's scaled_dot_product_attention, span by span.
@@ -47,9 +47,13 @@ _COLUMN_STEP = 64
 """In exact mode column counts are rounded up to this: kernels treat the columns that are left over
 after whole vectors, and products of very few columns, in ways of their own."""
 
+_BLOCK = 128
+"""Positions that one product sums; it divides PAGE_TOKENS. A product adds its columns one after
+another only up to some number of them, one block of the kernel: 384 were seen with oneMKL on Intel
+CPUs, 192 on an AMD one. A block, a tree and the anchor must fit."""
+
 MAX_EXACT_NODES = 64
-"""Drafted nodes per request that exact mode is checked for. A product adds its columns one after
-another only up to some 384 of them (one block of the kernel): a page and its tree must fit."""
+"""Drafted nodes per request that exact mode is checked for."""
 
 QUERY_ROWS = (8, 16, 32)
 """Fewest rows (heads of a group times tokens) of an attention product in exact mode: the probe
@@ -192,8 +196,8 @@ class Step:
         """
         if index not in self._tails:
             span = self.spans[index]
-            start = span.length // PAGE_TOKENS * PAGE_TOKENS
-            blocks = span.column_positions()[start:] // PAGE_TOKENS
+            start = span.length // _BLOCK * _BLOCK
+            blocks = span.column_positions()[start:] // _BLOCK
             end = self.padded_columns(span)
             if span.visible is None or blocks[0] == blocks.max():
                 self._tails[index] = [None]
@@ -319,14 +323,14 @@ def _sum_blocks(step: Step, index: int, weights: Tensor, values: Tensor, first: 
     """Sum weights @ values block by block of positions: [K, gn, d + SUM_COLUMNS]."""
     span = step.spans[index]
     columns = weights.shape[2]
-    tail = span.length // PAGE_TOKENS * PAGE_TOKENS - first
+    tail = span.length // _BLOCK * _BLOCK - first
     if span.visible is None:
         tail = columns
-    if columns <= PAGE_TOKENS and (tail == columns or step.tail_masks(index) == [None]):
+    if columns <= _BLOCK and (tail == columns or step.tail_masks(index) == [None]):
         return torch.bmm(weights, values)
     total = weights.new_zeros(*weights.shape[:2], values.shape[2])
-    for a in range(0, tail, PAGE_TOKENS):
-        b = min(a + PAGE_TOKENS, columns)
+    for a in range(0, tail, _BLOCK):
+        b = min(a + _BLOCK, columns)
         total.baddbmm_(weights[:, :, a:b], values[:, a:b])
     if tail < columns:
         for mask in step.tail_masks(index):

@@ -20,8 +20,8 @@ from dspark.target import SharesHeadRows
 
 __all__ = ["Lender", "Parts", "settle_parts"]
 
-Lender = Callable[[], SharesHeadRows]
-"""Loads the target, when something of it is needed."""
+Lender = Callable[[torch.dtype], SharesHeadRows]
+"""Loads the target in a dtype, the draft's own, when something of it is needed."""
 
 _EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
 
@@ -75,12 +75,12 @@ def _embedding(draft: StoredDraft, lender: Lender, layout: str) -> Tensor:
     config: Any = draft.config
     _refuse(layout, "embed_scale", config.embed_scale, config.embed_scale != 1)
     with torch.no_grad():
-        return lender().embed(torch.arange(config.vocab_size)).cpu()
+        return lender(draft.dtype).embed(torch.arange(config.vocab_size)).cpu()
 
 
 def _head(draft: StoredDraft, lender: Lender, layout: str) -> Tensor:
     config: Any = draft.config
-    rows = lender().head_rows(draft.vocab.ids)
+    rows = lender(draft.dtype).head_rows(draft.vocab.ids)
     _refuse(layout, "bias of the target's head", "set", rows.bias is not None)
     _refuse(
         layout,

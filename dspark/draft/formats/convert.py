@@ -87,7 +87,7 @@ def convert_draft(
         dest: Where to; must not exist, or be empty. It appears when all is written.
         to: Who will read it.
         info: The target that it is for.
-        lender: Loads that target; called only if something of it is copied or compared.
+        lender: Loads that target in a dtype; called only if something of it is copied or compared.
         target: What a server calls the target; None is not known.
         dtype: One of DTYPES.
 
