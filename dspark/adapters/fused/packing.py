@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dspark.adapters.fused.pages import place
 from dspark.adapters.quantise import GROUP, Int4Weight, Int8Weight, quantise
 
 __all__ = ["KINDS", "PackedMatrix", "pack_gated", "pack_stacked"]
@@ -113,7 +114,7 @@ def _pack(weight: Tensor, bias: Tensor | None, lanes: int, quant: str) -> Packed
             scale, data = rounded.scale, _pack_int8(rounded, lanes)
         else:
             data = _pack_int4(rounded, lanes)
-    return PackedMatrix(data, bias, scale, inputs, outputs, panels, kind)
+    return PackedMatrix(place(data), bias, scale, inputs, outputs, panels, kind)
 
 
 def _pack_int8(weight: Int8Weight, lanes: int) -> Tensor:

@@ -8,7 +8,7 @@
 //
 // Activations are float32. For a bfloat16 model they are rounded wherever the stock modules round.
 // Weights are packed in panels of 2 * LANES outputs, either as float32, or as bfloat16 in pairs of
-// neighbouring inputs that a shift and a mask widen in registers.
+// neighbouring inputs that a shift and a mask widen in registers, or that AVX512-BF16 multiplies.
 
 #include <vector>
 

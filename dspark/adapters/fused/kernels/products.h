@@ -16,18 +16,16 @@
 #include "vectors.h"
 
 #define PANEL (2 * LANES)
-#define AHEAD 4096  // bytes that weights are fetched ahead
 
 template <int R>
 static void tile_half(const float* x, int64_t stride, const void* data, int64_t inputs,
-                      Floats (*out)[2]) {
+                      Fetch fetch, Floats (*out)[2]) {
   Floats sum[R][2];
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = Floats{};
   const Ints* w = (const Ints*)data;
   for (int64_t k = 0; k < inputs; k += 2, w += 2) {
-    __builtin_prefetch((const char*)w + AHEAD);
-    __builtin_prefetch((const char*)(w + 1) + AHEAD);
+    fetch();
     Floats even0 = (Floats)(w[0] << 16), even1 = (Floats)(w[1] << 16);
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
@@ -49,14 +47,13 @@ static void tile_half(const float* x, int64_t stride, const void* data, int64_t 
 
 template <int R>
 static void tile_full(const float* x, int64_t stride, const void* data, int64_t inputs,
-                      Floats (*out)[2]) {
+                      Fetch fetch, Floats (*out)[2]) {
   Floats sum[R][2];
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = Floats{};
   const Floats* w = (const Floats*)data;
   for (int64_t k = 0; k < inputs; k++, w += 2) {
-    __builtin_prefetch((const char*)w + AHEAD);
-    __builtin_prefetch((const char*)(w + 1) + AHEAD);
+    fetch();
     Floats w0 = w[0], w1 = w[1];
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
@@ -69,7 +66,7 @@ static void tile_full(const float* x, int64_t stride, const void* data, int64_t 
   for (int r = 0; r < R; r++) out[r][0] = sum[r][0], out[r][1] = sum[r][1];
 }
 
-typedef void (*Tile)(const float*, int64_t, const void*, int64_t, Floats (*)[2]);
+typedef void (*Tile)(const float*, int64_t, const void*, int64_t, Fetch, Floats (*)[2]);
 
 // DSPARK_PAIRS computes what AVX512-BF16 does with other instructions, for tests.
 #if defined(__AVX512BF16__) || defined(DSPARK_PAIRS)
@@ -90,14 +87,13 @@ INLINE Floats add_pair(Floats sum, Ints weights, int32_t inputs) {
 // As tile_half; x holds pairs of bfloat16, and so does its stride.
 template <int R>
 static void tile_pairs(const float* x, int64_t stride, const void* data, int64_t inputs,
-                       Floats (*out)[2]) {
+                       Fetch fetch, Floats (*out)[2]) {
   Floats sum[R][2];
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = Floats{};
   const Ints* w = (const Ints*)data;
   for (int64_t k = 0; k < inputs / 2; k++, w += 2) {
-    __builtin_prefetch((const char*)w + AHEAD);
-    __builtin_prefetch((const char*)(w + 1) + AHEAD);
+    fetch();
     Ints w0 = w[0], w1 = w[1];
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
@@ -122,9 +118,23 @@ static Tile pick_tile(bool is_half, bool has_pairs, int rows, std::integer_seque
   return has_pairs ? pairs[rows - 1] : is_half ? half[rows - 1] : full[rows - 1];
 }
 
+template <int... I>
+INLINE Floats upper_halves(Floats a, Floats b, std::integer_sequence<int, I...>) {
+  typedef uint16_t Halves __attribute__((vector_size(4 * LANES)));
+  return (Floats)__builtin_shufflevector((Halves)a, (Halves)b, (2 * I + 1)...);
+}
+
+// The upper halves of the floats of a, then of b.
+INLINE Floats upper_halves(Floats a, Floats b) {
+  return upper_halves(a, b, std::make_integer_sequence<int, 2 * LANES>());
+}
+
 // Rows of floats that are bfloat16 numbers -> rows of pairs, half as many floats wide.
 static void pack_pairs(const float* x, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; i += 2) {
+  int64_t i = 0;
+  for (; i + 2 * LANES <= count; i += 2 * LANES)
+    store(out + i / 2, upper_halves(load(x + i), load(x + i + LANES)));
+  for (; i < count; i += 2) {
     uint32_t low, high;
     memcpy(&low, x + i, sizeof low);
     memcpy(&high, x + i + 1, sizeof high);
@@ -191,7 +201,7 @@ struct Product {
         QuantisedTile tile = pick_quantised(matrix.kind == INT4, (int)(b - a),
                                             std::make_integer_sequence<int, QUANTISED_ROWS>());
         Floats sums[QUANTISED_ROWS][2];
-        tile(inputs, a, data, sums);
+        tile(inputs, a, data, Fetch(data, bytes, t, tiles), sums);
         for (int64_t r = a; r < b; r++) keep(panel, r, sums[r - a]);
       }
     }
@@ -216,14 +226,13 @@ struct Product {
       }
       for (int64_t panel = first; panel < last; panel++) {
         const char* data = (const char*)matrix.data + panel * bytes;
-        // Full tiles first: while they compute, the next weights come; a rest is small and follows
-        // from the cache.
-        for (int64_t t = 0; t < tiles; t++) {
-          int64_t a = start + t * MOST_ROWS, b = std::min<int64_t>(start + count, a + MOST_ROWS);
+        for (int64_t t = 0; t < tiles; t++) {  // of like size: 16 rows are 8 and 8
+          const int64_t a = start + count * t / tiles, b = start + count * (t + 1) / tiles;
           Tile tile = pick_tile(is_half, has_pairs, (int)(b - a),
                                 std::make_integer_sequence<int, MOST_ROWS>());
           Floats sums[MOST_ROWS][2];
-          tile(input + (a - start) * stride, stride, data, matrix.inputs, sums);
+          tile(input + (a - start) * stride, stride, data, matrix.inputs,
+               Fetch(data, bytes, t, tiles), sums);
           for (int64_t r = a; r < b; r++) keep(panel, r, sums[r - a]);
         }
       }

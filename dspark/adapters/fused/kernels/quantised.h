@@ -113,7 +113,8 @@ INLINE int32_t four(const int8_t* x) {
 }
 
 template <int R>
-static void tile_int8(const Rounded& x, int64_t row, const void* data, Floats (*out)[2]) {
+static void tile_int8(const Rounded& x, int64_t row, const void* data, Fetch fetch,
+                      Floats (*out)[2]) {
   Floats sum[R][2];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = Floats{};
@@ -127,8 +128,7 @@ static void tile_int8(const Rounded& x, int64_t row, const void* data, Floats (*
     for (int r = 0; r < R; r++) part[r][0] = part[r][1] = Ints{} - 128 * total[r * x.blocks + b];
 #pragma GCC unroll 8
     for (int k = 0; k < BLOCK; k += 4, w += 2) {
-      __builtin_prefetch((const char*)w + 4096);
-      __builtin_prefetch((const char*)(w + 1) + 4096);
+      fetch();
       Ints w0 = w[0], w1 = w[1];
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
@@ -149,7 +149,8 @@ static void tile_int8(const Rounded& x, int64_t row, const void* data, Floats (*
 }
 
 template <int R>
-static void tile_int4(const Rounded& x, int64_t row, const void* data, Floats (*out)[2]) {
+static void tile_int4(const Rounded& x, int64_t row, const void* data, Fetch fetch,
+                      Floats (*out)[2]) {
   Floats sum[R][2];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = Floats{};
@@ -163,8 +164,7 @@ static void tile_int4(const Rounded& x, int64_t row, const void* data, Floats (*
     for (int r = 0; r < R; r++) part[r][0] = part[r][1] = Ints{};
 #pragma GCC unroll 8
     for (int k = 0; k < BLOCK; k += 8, w += 2) {
-      __builtin_prefetch((const char*)w + 4096);
-      __builtin_prefetch((const char*)(w + 1) + 4096);
+      fetch();
 #pragma GCC unroll 2
       for (int half = 0; half < 2; half++) {
         const Ints low = w[half] & 0x0f0f0f0f, high = (w[half] >> 4) & 0x0f0f0f0f;
@@ -192,7 +192,7 @@ static void tile_int4(const Rounded& x, int64_t row, const void* data, Floats (*
   for (int r = 0; r < R; r++) out[r][0] = sum[r][0], out[r][1] = sum[r][1];
 }
 
-typedef void (*QuantisedTile)(const Rounded&, int64_t, const void*, Floats (*)[2]);
+typedef void (*QuantisedTile)(const Rounded&, int64_t, const void*, Fetch, Floats (*)[2]);
 
 template <int... R>
 static QuantisedTile pick_quantised(bool is_int4, int rows, std::integer_sequence<int, R...>) {

@@ -24,6 +24,23 @@
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 
+// Weights to fetch while a tile computes: two places for every two vectors of weights it reads.
+struct Fetch {
+  const char* next;
+  int64_t half;  // bytes from one place to the next
+
+  // With one tile its own panel is fetched, a little ahead. Tiles that share a panel fetch the next
+  // one, each its part: the first would wait for memory else, and memory for the others.
+  Fetch(const char* panel, int64_t bytes, int64_t tile, int64_t tiles)
+      : next(tiles == 1 ? panel + 4096 : panel + bytes + bytes * tile / tiles), half(64 / tiles) {}
+
+  void operator()() {
+    __builtin_prefetch(next);
+    __builtin_prefetch(next + half);
+    next += 2 * half;
+  }
+};
+
 INLINE Floats load(const float* p) {
   Floats v;
   memcpy(&v, p, sizeof v);
