@@ -17,7 +17,7 @@
 
 #define PANEL (2 * LANES)
 
-template <int R>
+template <int R, Reach reach>
 static void tile_half(const float* x, int64_t stride, const void* data, int64_t inputs,
                       Fetch fetch, Floats (*out)[2]) {
   Floats sum[R][2];
@@ -25,7 +25,7 @@ static void tile_half(const float* x, int64_t stride, const void* data, int64_t 
   for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = Floats{};
   const Ints* w = (const Ints*)data;
   for (int64_t k = 0; k < inputs; k += 2, w += 2) {
-    fetch();
+    fetch.ahead<reach>();
     Floats even0 = (Floats)(w[0] << 16), even1 = (Floats)(w[1] << 16);
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
@@ -45,7 +45,7 @@ static void tile_half(const float* x, int64_t stride, const void* data, int64_t 
   for (int r = 0; r < R; r++) out[r][0] = sum[r][0], out[r][1] = sum[r][1];
 }
 
-template <int R>
+template <int R, Reach reach>
 static void tile_full(const float* x, int64_t stride, const void* data, int64_t inputs,
                       Fetch fetch, Floats (*out)[2]) {
   Floats sum[R][2];
@@ -53,7 +53,7 @@ static void tile_full(const float* x, int64_t stride, const void* data, int64_t 
   for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = Floats{};
   const Floats* w = (const Floats*)data;
   for (int64_t k = 0; k < inputs; k++, w += 2) {
-    fetch();
+    fetch.ahead<reach>();
     Floats w0 = w[0], w1 = w[1];
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
@@ -85,7 +85,7 @@ INLINE Floats add_pair(Floats sum, Ints weights, int32_t inputs) {
 }
 
 // As tile_half; x holds pairs of bfloat16, and so does its stride.
-template <int R>
+template <int R, Reach reach>
 static void tile_pairs(const float* x, int64_t stride, const void* data, int64_t inputs,
                        Fetch fetch, Floats (*out)[2]) {
   Floats sum[R][2];
@@ -93,7 +93,7 @@ static void tile_pairs(const float* x, int64_t stride, const void* data, int64_t
   for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = Floats{};
   const Ints* w = (const Ints*)data;
   for (int64_t k = 0; k < inputs / 2; k++, w += 2) {
-    fetch();
+    fetch.ahead<reach>();
     Ints w0 = w[0], w1 = w[1];
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
@@ -111,11 +111,19 @@ static void tile_pairs(const float* x, int64_t stride, const void* data, int64_t
 #define tile_pairs tile_half
 #endif
 
-template <int... R>
+template <Reach reach, int... R>
 static Tile pick_tile(bool is_half, bool has_pairs, int rows, std::integer_sequence<int, R...>) {
-  static const Tile half[] = {tile_half<R + 1>...}, full[] = {tile_full<R + 1>...};
-  static const Tile pairs[] = {tile_pairs<R + 1>...};
+  static const Tile half[] = {tile_half<R + 1, reach>...}, full[] = {tile_full<R + 1, reach>...};
+  static const Tile pairs[] = {tile_pairs<R + 1, reach>...};
   return has_pairs ? pairs[rows - 1] : is_half ? half[rows - 1] : full[rows - 1];
+}
+
+static Tile pick_tile(bool is_half, bool has_pairs, int rows, Reach reach) {
+  const auto all_rows = std::make_integer_sequence<int, MOST_ROWS>();
+  const auto few_rows = std::make_integer_sequence<int, NEAR_ROWS>();
+  if (reach == NEAR) return pick_tile<NEAR>(is_half, has_pairs, rows, few_rows);
+  if (reach == FAR) return pick_tile<FAR>(is_half, has_pairs, rows, all_rows);
+  return pick_tile<NONE>(is_half, has_pairs, rows, all_rows);
 }
 
 template <int... I>
@@ -198,10 +206,10 @@ struct Product {
       const char* data = (const char*)matrix.data + panel * bytes;
       for (int64_t t = 0; t < tiles; t++) {  // of like size: 16 rows are 6, 5 and 5
         const int64_t a = rows * t / tiles, b = rows * (t + 1) / tiles;
-        QuantisedTile tile = pick_quantised(matrix.kind == INT4, (int)(b - a),
-                                            std::make_integer_sequence<int, QUANTISED_ROWS>());
+        const Reach reach = Fetch::reach(b - a, t, tiles);
+        QuantisedTile tile = pick_quantised(matrix.kind == INT4, (int)(b - a), reach);
         Floats sums[QUANTISED_ROWS][2];
-        tile(inputs, a, data, Fetch(data, bytes, t, tiles), sums);
+        tile(inputs, a, data, Fetch(data, bytes, t, tiles, reach), sums);
         for (int64_t r = a; r < b; r++) keep(panel, r, sums[r - a]);
       }
     }
@@ -228,11 +236,11 @@ struct Product {
         const char* data = (const char*)matrix.data + panel * bytes;
         for (int64_t t = 0; t < tiles; t++) {  // of like size: 16 rows are 8 and 8
           const int64_t a = start + count * t / tiles, b = start + count * (t + 1) / tiles;
-          Tile tile = pick_tile(is_half, has_pairs, (int)(b - a),
-                                std::make_integer_sequence<int, MOST_ROWS>());
+          const Reach reach = Fetch::reach(b - a, t, tiles);
+          Tile tile = pick_tile(is_half, has_pairs, (int)(b - a), reach);
           Floats sums[MOST_ROWS][2];
           tile(input + (a - start) * stride, stride, data, matrix.inputs,
-               Fetch(data, bytes, t, tiles), sums);
+               Fetch(data, bytes, t, tiles, reach), sums);
           for (int64_t r = a; r < b; r++) keep(panel, r, sums[r - a]);
         }
       }

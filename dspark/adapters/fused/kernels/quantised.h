@@ -112,7 +112,7 @@ INLINE int32_t four(const int8_t* x) {
   return word;
 }
 
-template <int R>
+template <int R, Reach reach>
 static void tile_int8(const Rounded& x, int64_t row, const void* data, Fetch fetch,
                       Floats (*out)[2]) {
   Floats sum[R][2];
@@ -128,7 +128,7 @@ static void tile_int8(const Rounded& x, int64_t row, const void* data, Fetch fet
     for (int r = 0; r < R; r++) part[r][0] = part[r][1] = Ints{} - 128 * total[r * x.blocks + b];
 #pragma GCC unroll 8
     for (int k = 0; k < BLOCK; k += 4, w += 2) {
-      fetch();
+      fetch.ahead<reach>();
       Ints w0 = w[0], w1 = w[1];
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
@@ -148,7 +148,7 @@ static void tile_int8(const Rounded& x, int64_t row, const void* data, Fetch fet
   for (int r = 0; r < R; r++) out[r][0] = sum[r][0], out[r][1] = sum[r][1];
 }
 
-template <int R>
+template <int R, Reach reach>
 static void tile_int4(const Rounded& x, int64_t row, const void* data, Fetch fetch,
                       Floats (*out)[2]) {
   Floats sum[R][2];
@@ -164,7 +164,7 @@ static void tile_int4(const Rounded& x, int64_t row, const void* data, Fetch fet
     for (int r = 0; r < R; r++) part[r][0] = part[r][1] = Ints{};
 #pragma GCC unroll 8
     for (int k = 0; k < BLOCK; k += 8, w += 2) {
-      fetch();
+      fetch.ahead<reach>();
 #pragma GCC unroll 2
       for (int half = 0; half < 2; half++) {
         const Ints low = w[half] & 0x0f0f0f0f, high = (w[half] >> 4) & 0x0f0f0f0f;
@@ -194,11 +194,18 @@ static void tile_int4(const Rounded& x, int64_t row, const void* data, Fetch fet
 
 typedef void (*QuantisedTile)(const Rounded&, int64_t, const void*, Fetch, Floats (*)[2]);
 
-template <int... R>
+template <Reach reach, int... R>
 static QuantisedTile pick_quantised(bool is_int4, int rows, std::integer_sequence<int, R...>) {
-  static const QuantisedTile four_bits[] = {tile_int4<R + 1>...};
-  static const QuantisedTile eight_bits[] = {tile_int8<R + 1>...};
+  static const QuantisedTile four_bits[] = {tile_int4<R + 1, reach>...};
+  static const QuantisedTile eight_bits[] = {tile_int8<R + 1, reach>...};
   return is_int4 ? four_bits[rows - 1] : eight_bits[rows - 1];
+}
+
+static QuantisedTile pick_quantised(bool is_int4, int rows, Reach reach) {
+  const auto all_rows = std::make_integer_sequence<int, QUANTISED_ROWS>();
+  if (reach == NEAR) return pick_quantised<NEAR>(is_int4, rows, all_rows);
+  if (reach == FAR) return pick_quantised<FAR>(is_int4, rows, all_rows);
+  return pick_quantised<NONE>(is_int4, rows, all_rows);
 }
 
 // Bytes of a panel of 2 * LANES outputs.

@@ -24,19 +24,38 @@
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 
-// Weights to fetch while a tile computes: two places for every two vectors of weights it reads.
+// Weights to fetch while a tile computes.
+//
+// NEAR: with few rows memory sets the pace. A tile fetches its own panel a little ahead.
+// FAR:  with more, arithmetic does. What the thread reads next is fetched into the second cache
+//       meanwhile, by the first two tiles of a panel if there are several: else the first would
+//       wait for memory, and memory for the others.
+// NONE: the other tiles.
+enum Reach { NEAR, FAR, NONE };
+
+#define NEAR_ROWS 4
+
 struct Fetch {
   const char* next;
-  int64_t half;  // bytes from one place to the next
+  int64_t half;  // bytes between the two places that are fetched for two vectors of weights
 
-  // With one tile its own panel is fetched, a little ahead. Tiles that share a panel fetch the next
-  // one, each its part: the first would wait for memory else, and memory for the others.
-  Fetch(const char* panel, int64_t bytes, int64_t tile, int64_t tiles)
-      : next(tiles == 1 ? panel + 4096 : panel + bytes + bytes * tile / tiles), half(64 / tiles) {}
+  static Reach reach(int64_t rows, int64_t tile, int64_t tiles) {
+    return tile >= 2 ? NONE : tiles == 1 && rows <= NEAR_ROWS ? NEAR : FAR;
+  }
 
-  void operator()() {
-    __builtin_prefetch(next);
-    __builtin_prefetch(next + half);
+  Fetch(const char* panel, int64_t bytes, int64_t tile, int64_t tiles, Reach reach)
+      : next(reach == NEAR ? panel + 4096 : panel + bytes + bytes / 2 * tile),
+        half(tiles == 1 ? 64 : 32) {}
+
+  template <Reach reach>
+  void ahead() {
+    if constexpr (reach == NEAR) {
+      __builtin_prefetch(next);
+      __builtin_prefetch(next + half);
+    } else if constexpr (reach == FAR) {
+      __builtin_prefetch(next, 0, 2);
+      __builtin_prefetch(next + half, 0, 2);
+    }
     next += 2 * half;
   }
 };
