@@ -201,7 +201,7 @@ def test_other_families_are_trained_for(tmp_path, family):
 
 def answer_shard(folder: Path, prompts: list[list[int]], max_tokens: int) -> None:
     """A shard of the target's own greedy answers."""
-    engine = Engine.load(folder / "target", "none", exact=False)
+    engine = Engine.load(folder / "target", "none", dtype="float32", exact=False)
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     lines = [
         json.dumps({"prompt_ids": prompt, "response_ids": list(result.token_ids)})
@@ -234,7 +234,8 @@ def test_one_batch_is_learnt_by_heart_and_drafted(folder, kind):
     }
     train(folder, **changes)
     config = EngineConfig(auto_off=False)
-    engine = Engine.load(folder / "target", folder / "out" / "last", exact=False, config=config)
+    draft = folder / "out" / "last"
+    engine = Engine.load(folder / "target", draft, dtype="float32", exact=False, config=config)
     params = SamplingParams(
         max_tokens=1 + rounds * (depth + 1),
         temperature=0.0,

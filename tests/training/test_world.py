@@ -26,7 +26,7 @@ def train(folder: Path, recipe: Path, name: str, processes: int, *extra: str) ->
     done = subprocess.run(
         [*start, "dspark.cli", *own], env=environment, capture_output=True, text=True, timeout=240
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-6000:]
     text = (folder / name / "log.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]
 
@@ -40,7 +40,7 @@ def test_two_processes_make_the_losses_of_one(tmp_path, optimizer, tolerance):
     one = train(tmp_path, recipe, "one", 1)
     train(tmp_path, recipe, "two", 2, "--max-minutes", "0")
     two = train(tmp_path, recipe, "two", 2)  # goes on from step 1
-    assert len(one) == len(two) == 8
+    assert len(one) == len(two) == 6
     for mine, other in zip(one, two, strict=True):
         assert mine["kind"] == other["kind"]
         assert mine["positions"] == other["positions"]
@@ -55,7 +55,7 @@ def test_so_do_two_that_train_eagle_3(tmp_path, owned):
     recipe = write_recipe(tmp_path, run_tokens_per_forward=40, **changes)
     one = train(tmp_path, recipe, "one", 1)
     two = train(tmp_path, recipe, "two", 2)
-    assert len(one) == len(two) == 4
+    assert len(one) == len(two) == 5
     for mine, other in zip(one, two, strict=True):
         for name in ("loss", "l1", "tau_sampling"):
             assert other[name] == pytest.approx(mine[name], rel=1e-5), (mine["step"], name)
