@@ -10,6 +10,7 @@
 #include <immintrin.h>
 #endif
 
+#include "fetch.h"
 #include "quantised.h"
 #include "step.h"
 #include "threads.h"

@@ -19,6 +19,7 @@
 #include <immintrin.h>
 #endif
 
+#include "fetch.h"
 #include "step.h"
 #include "vectors.h"
 
