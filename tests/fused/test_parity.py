@@ -132,7 +132,7 @@ def odd_model() -> transformers.PreTrainedModel:
         num_attention_heads=3,
         num_key_value_heads=1,
         head_dim=80,
-        max_position_embeddings=64,
+        max_position_embeddings=512,
         attention_bias=True,
         mlp_bias=True,
         tie_word_embeddings=False,
@@ -172,6 +172,27 @@ def test_the_head_and_the_embeddings_can_be_shared(make) -> None:
     assert torch.equal(target.unembed(output.hidden[last]), output.logits)
     assert torch.equal(target.head_rows().weight, weight)
     assert torch.equal(target.head_rows(torch.tensor([8, 2])).weight, weight[[8, 2]])
+
+
+def families_and_odd() -> list:
+    models = {family: lambda f=family: random_model(f, torch.bfloat16, layers=2) for family in FEW}
+    models["heads of 80"] = lambda: odd_model().bfloat16()
+    return [pytest.param(make, id=name) for name, make in models.items()]
+
+
+FEW = ("llama", "qwen3", "gemma3")
+
+
+@pytest.mark.parametrize("make", families_and_odd())
+def test_bfloat16_keys_and_values_change_no_bit(make) -> None:
+    """A model that rounds them anyway keeps them in half the memory, and computes the same."""
+    narrow, wide = choose(make()), choose(make())
+    assert isinstance(narrow, FusedTarget)
+    wide.decoder.keep_in(torch.float32)
+    pages = [target.new_cache().page_bytes() for target in (narrow, wide)]
+    assert 2 * pages[0] == pages[1]
+    for a, b in zip(life_of_requests(narrow), life_of_requests(wide), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_refusals() -> None:

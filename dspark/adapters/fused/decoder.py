@@ -13,7 +13,7 @@ from dspark.adapters.fused import structures
 from dspark.adapters.fused.layout import DecoderParts, LayerParts
 from dspark.adapters.fused.library import Library
 from dspark.adapters.fused.packing import KINDS, PackedMatrix, pack_gated, pack_stacked
-from dspark.adapters.hf.store import SUM_COLUMNS, StoreCache
+from dspark.adapters.hf.store import StoreCache
 from dspark.adapters.quantise import head_quant
 from dspark.target import TokenBatch
 
@@ -36,6 +36,7 @@ class FusedDecoder:
     Attributes:
         bytes_read: Bytes of weights that a step reads.
         stored: How the weights of the layers are stored (packing.KINDS).
+        kept: Type that keys and values are kept in: the model's, to which they are rounded anyway.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class FusedDecoder:
         self._library = library
         self._embedding = parts.embedding
         self._rotary = parts.rotary
-        self.dtype = parts.dtype
+        self.dtype = self.kept = parts.dtype
         self.hidden = int(parts.norm.shape[0])
         self.num_layers = len(parts.layers)
         self._kept: list[Tensor | PackedMatrix | None] = [parts.norm]
@@ -67,9 +68,9 @@ class FusedDecoder:
             heads=parts.heads,
             kv_heads=parts.kv_heads,
             head_dim=parts.head_dim,
-            sum_columns=SUM_COLUMNS,
             activation=parts.activation,
             is_rounded=int(parts.dtype == torch.bfloat16),
+            keeps_half=int(self.kept == torch.bfloat16),
             rounds_unit_norm=int(not parts.layout.is_norm_offset),
             eps=parts.eps,
             logit_softcap=parts.logit_softcap,
@@ -101,6 +102,15 @@ class FusedDecoder:
             layer.softcap,
         )
 
+    def keep_in(self, dtype: torch.dtype) -> None:
+        """Keep keys and values in another type than the model's, for comparison.
+
+        Args:
+            dtype: float32, or bfloat16 for a model that rounds to it.
+        """
+        self.kept = dtype
+        self._model.keeps_half = int(dtype == torch.bfloat16)
+
     def embed(self, token_ids: Tensor) -> Tensor:
         """Token ids [n] -> what the first layer gets, [n, D], in the model's dtype."""
         rows: Tensor = self._embedding(token_ids)
@@ -113,7 +123,7 @@ class FusedDecoder:
 
         Args:
             batch: The rows; `cache.begin` was called with it.
-            cache: A float32 store.
+            cache: A store in `kept`, without columns of sums.
             wanted: Layers whose outputs to keep, -1 to the number of layers.
 
         Returns:

@@ -22,7 +22,7 @@ class FusedTarget:
     """Target (dspark.target) that runs a whole forward in one call of the kernels.
 
     A row's bits never depend on its company here, so exact mode costs nothing and switching it
-    changes no computation. K/V are kept in float32 in either case.
+    changes no computation. K/V are kept in the model's dtype, to which they are rounded in any case.
 
     Args:
         parts: The model, taken apart.
@@ -83,12 +83,13 @@ class FusedTarget:
         self.exact = on
 
     def new_cache(self, *, memory_limit: int | None = None) -> StoreCache:
-        """Make an empty cache, in float32."""
+        """Make an empty cache, in the model's dtype."""
         return StoreCache(
             self._shapes,
-            dtype=torch.float32,
+            dtype=self.decoder.kept,
             device=torch.device("cpu"),
             memory_limit=memory_limit,
+            sum_columns=0,
         )
 
     @torch.inference_mode()
@@ -101,7 +102,7 @@ class FusedTarget:
             CapabilityError: If the cache was made by another kind of target, a position is past
                 the model's longest context, or a layer does not exist.
         """
-        if not isinstance(cache, StoreCache) or cache.dtype != torch.float32:
+        if not isinstance(cache, StoreCache) or cache.layout != (self.decoder.kept, 0):
             raise CapabilityError(f"{self._info.name} cannot use a {type(cache).__name__}.")
         if batch.num_rows and int(batch.positions.max()) >= self._info.max_positions:
             raise CapabilityError(

@@ -59,7 +59,7 @@ class Segment:
     Attributes:
         pages: Pages it spans.
         keys: One [L, H, T, d] tensor for every group of layers of one shape.
-        values: The same, [L, H, T, d + SUM_COLUMNS], the last columns 1.
+        values: The same with columns of ones behind, [L, H, T, d + sum columns].
         users: Slots that refer to it.
     """
 
@@ -119,6 +119,7 @@ class StoreCache:
         dtype: Element type of the stored K/V.
         device: Where it lives.
         memory_limit: Bytes that may be allocated, or None.
+        sum_columns: Columns of ones behind V.
 
     Example:
         >>> shape = LayerShape(layer=0, heads=1, head_dim=8)
@@ -136,8 +137,10 @@ class StoreCache:
         dtype: torch.dtype,
         device: torch.device,
         memory_limit: int | None = None,
+        sum_columns: int = SUM_COLUMNS,
     ) -> None:
         self._dtype = dtype
+        self._sum_columns = sum_columns
         self._device = device
         self._limit = memory_limit
         self._slots: dict[int, SlotState] = {}
@@ -236,7 +239,8 @@ class StoreCache:
     def page_bytes(self) -> int:
         """Bytes of one page over all layers."""
         per_token = sum(
-            len(members) * heads * (2 * dim + SUM_COLUMNS) for (heads, dim), members in self._groups
+            len(members) * heads * (2 * dim + self._sum_columns)
+            for (heads, dim), members in self._groups
         )
         return per_token * PAGE_TOKENS * self._dtype.itemsize
 
@@ -251,6 +255,11 @@ class StoreCache:
     def dtype(self) -> torch.dtype:
         """Element type of the stored K/V."""
         return self._dtype
+
+    @property
+    def layout(self) -> tuple[torch.dtype, int]:
+        """Element type, and columns of ones behind V."""
+        return self._dtype, self._sum_columns
 
     def state(self, slot: int) -> SlotState:
         """The memory of a slot."""
@@ -299,7 +308,7 @@ class StoreCache:
         """K and V of one layer at columns start .. stop - 1.
 
         Returns:
-            K [H, stop - start, d] and V [H, stop - start, d + SUM_COLUMNS]; views where the range
+            K [H, stop - start, d] and V [H, stop - start, d + sum columns]; views where the range
             lies in one segment, copies where it spans several.
         """
         group, index = self._place[layer]
@@ -355,7 +364,7 @@ class StoreCache:
             # Zeros, not garbage: a masked column is multiplied by an exact 0, and 0 * NaN is NaN.
             keys.append(torch.zeros(shape, dtype=self._dtype, device=self._device))
             value = torch.zeros(
-                (*shape[:3], dim + SUM_COLUMNS), dtype=self._dtype, device=self._device
+                (*shape[:3], dim + self._sum_columns), dtype=self._dtype, device=self._device
             )
             value[..., dim:] = 1
             values.append(value)

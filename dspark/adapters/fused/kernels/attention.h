@@ -1,9 +1,8 @@
 // Norms, rotary embedding and attention over the K/V store, row by row and head by head.
 //
-// Scores are made LANES columns at a time from keys that are transposed in registers; a softmax
-// sums by position, in vectors that start at multiples of LANES; values are added in order of
-// position. A node of a tree reads its ancestors in order of depth, so its sums are those of plain
-// decoding.
+// Scores are made LANES columns at a time (kept.h); a softmax sums by position, in vectors that start
+// at multiples of LANES; values are added in order of position. A node of a tree reads its ancestors
+// in order of depth, so its sums are those of plain decoding.
 
 #pragma once
 
@@ -11,6 +10,7 @@
 #include <cmath>
 #include <utility>
 
+#include "kept.h"
 #include "step.h"
 #include "vectors.h"
 
@@ -57,75 +57,8 @@ static void rotate(const Model& m, float* x, const float* table) {
   }
 }
 
-template <int S, int... I>
-INLINE void exchange(Floats& a, Floats& b, std::integer_sequence<int, I...>) {
-  Floats low = __builtin_shufflevector(a, b, ((I & S) ? LANES + I - S : I)...);
-  b = __builtin_shufflevector(a, b, ((I & S) ? LANES + I : I + S)...);
-  a = low;
-}
-
-template <int S>
-INLINE void transpose_steps(Floats* rows) {
-  if constexpr (S > 0) {
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++)
-      if (!(i & S)) exchange<S>(rows[i], rows[i + S], std::make_integer_sequence<int, LANES>());
-    transpose_steps<S / 2>(rows);
-  }
-}
-
-// LANES keys [LANES, dim] -> [dim, LANES].
-static void transpose(const float* keys, int64_t dim, float* out) {
-  for (int64_t d = 0; d < dim; d += LANES) {
-    Floats rows[LANES];
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) rows[i] = load(keys + i * dim + d);
-    transpose_steps<LANES / 2>(rows);
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) store(out + (d + i) * LANES, rows[i]);
-  }
-}
-
-template <int Q>
-static void score(const float* const* query, const float* keys, int64_t dim, float* const* out) {
-  Floats sum[Q];
-#pragma GCC unroll 8
-  for (int q = 0; q < Q; q++) sum[q] = Floats{};
-  for (int64_t d = 0; d < dim; d++) {
-    Floats key = load(keys + d * LANES);
-#pragma GCC unroll 8
-    for (int q = 0; q < Q; q++) sum[q] += key * query[q][d];
-  }
-#pragma GCC unroll 8
-  for (int q = 0; q < Q; q++) store(out[q], sum[q]);
-}
-
-// out[q] += sum over columns of weight[q][column] * values[column], V vectors wide.
-template <int Q, int V>
-static void gather_values(const float* const* weight, const float* values, int64_t stride,
-                          int64_t columns, float* const* out) {
-  Floats sum[Q][V];
-#pragma GCC unroll 8
-  for (int q = 0; q < Q; q++)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; v++) sum[q][v] = load(out[q] + v * LANES);
-  for (int64_t c = 0; c < columns; c++) {
-    Floats value[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; v++) value[v] = load(values + c * stride + v * LANES);
-#pragma GCC unroll 8
-    for (int q = 0; q < Q; q++) {
-      float w = weight[q][c];
-#pragma GCC unroll 4
-      for (int v = 0; v < V; v++) sum[q][v] += value[v] * w;
-    }
-  }
-#pragma GCC unroll 8
-  for (int q = 0; q < Q; q++)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; v++) store(out[q] + v * LANES, sum[q][v]);
-}
-
+// Kept is what a key or value is kept as: float, or Half in a model that rounds to bfloat16.
+template <typename Kept>
 struct Attention {
   const Model& model;
   const Step& step;
@@ -144,27 +77,27 @@ struct Attention {
     return *p;
   }
 
-  float* key(const Piece& p, int64_t head, int64_t column) const {
+  Kept* key(const Piece& p, int64_t head, int64_t column) const {
     int64_t row = (index * model.kv_heads + head) * p.tokens + column - p.start;
-    return p.keys + row * model.head_dim;
+    return (Kept*)p.keys + row * model.head_dim;
   }
 
-  float* value(const Piece& p, int64_t head, int64_t column) const {
+  Kept* value(const Piece& p, int64_t head, int64_t column) const {
     int64_t row = (index * model.kv_heads + head) * p.tokens + column - p.start;
-    return p.values + row * (model.head_dim + model.sum_columns);
+    return (Kept*)p.values + row * model.head_dim;
   }
 
-  void score_block(const float* const* query, int64_t queries, const float* keys, float* scores,
-                   int64_t stride) const {
+  template <int B>
+  void score_blocks(const float* const* query, int64_t queries, const float* keys, float* scores,
+                    int64_t stride) const {
     for (int64_t q = 0; q < queries;) {
-      float* to[8];
-      for (int i = 0; i < 8; i++) to[i] = scores + (q + i) * stride;
-      int64_t left = queries - q;
-      if (left >= 8) score<8>(query + q, keys, model.head_dim, to), q += 8;
-      else if (left >= 4) score<4>(query + q, keys, model.head_dim, to), q += 4;
-      else if (left >= 3) score<3>(query + q, keys, model.head_dim, to), q += 3;
-      else if (left >= 2) score<2>(query + q, keys, model.head_dim, to), q += 2;
-      else score<1>(query + q, keys, model.head_dim, to), q += 1;
+      float* to[6];
+      for (int i = 0; i < 6; i++) to[i] = scores + (q + i) * stride;
+      const int64_t left = queries - q, dim = model.head_dim;
+      if (left >= 6) score<Kept, 6, B>(query + q, keys, dim, to), q += 6;
+      else if (left >= 3) score<Kept, 3, B>(query + q, keys, dim, to), q += 3;
+      else if (left >= 2) score<Kept, 2, B>(query + q, keys, dim, to), q += 2;
+      else score<Kept, 1, B>(query + q, keys, dim, to), q += 1;
     }
   }
 
@@ -196,21 +129,6 @@ struct Attention {
     return total(sum);
   }
 
-  template <int Q>
-  void add_values(const float* const* weight, const float* values, int64_t columns,
-                  float* const* sums) const {
-    int64_t stride = model.head_dim + model.sum_columns, d = 0;
-    float* to[Q];
-    for (; d + 4 * LANES <= model.head_dim; d += 4 * LANES) {
-      for (int q = 0; q < Q; q++) to[q] = sums[q] + d;
-      gather_values<Q, 4>(weight, values + d, stride, columns, to);
-    }
-    for (; d < model.head_dim; d += LANES) {
-      for (int q = 0; q < Q; q++) to[q] = sums[q] + d;
-      gather_values<Q, 1>(weight, values + d, stride, columns, to);
-    }
-  }
-
   void run(const Span& span, int64_t head, int64_t row, int64_t rows, float* work) const {
     const int64_t group = model.heads / model.kv_heads, dim = model.head_dim;
     const int64_t queries = rows * group;
@@ -226,15 +144,24 @@ struct Attention {
     }
     const int64_t stride = (end - first + LANES - 1) / LANES * LANES;
     float* keys = work;
-    float* sums = keys + dim * LANES;
+    float* sums = keys + KEY_BLOCKS * dim * LANES;
     float* scores = sums + MOST_QUERIES * dim;
     const float* query[MOST_QUERIES];
     for (int64_t q = 0; q < queries; q++)
       query[q] = qkv + (own + q / group) * width() + (head * group + q % group) * dim;
 
-    for (int64_t c = first; c < end; c += LANES) {
-      transpose(key(piece_of(span, c), head, c), dim, keys);
-      score_block(query, queries, keys, scores + c - first, stride);
+    for (int64_t c = first; c < end;) {
+      const int64_t start = c;
+      for (int64_t b = 0; b < KEY_BLOCKS && c < end; b++, c += LANES) {
+        const Piece& p = piece_of(span, c);
+        const Kept* block = key(p, head, c);
+        fetch_block(block + LANES * dim, value(p, head, c), dim);
+        transpose(block, dim, keys + b * dim * LANES / (sizeof(float) / sizeof(Kept)));
+      }
+      if (c - start == KEY_BLOCKS * LANES)
+        score_blocks<KEY_BLOCKS>(query, queries, keys, scores + start - first, stride);
+      else
+        score_blocks<1>(query, queries, keys, scores + start - first, stride);
     }
     float total_weight[MOST_QUERIES];
     for (int64_t q = 0; q < queries; q++) {
@@ -262,15 +189,16 @@ struct Attention {
         for (int64_t i = 0; i <= depth[r]; i++) {
           const float* weight = scores + q * stride + span.length + i - first;
           const int64_t column = span.length + path[r][i];
-          add_values<1>(&weight, value(piece_of(span, column), head, column), 1, &sum);
+          add_values<1>(&weight, value(piece_of(span, column), head, column), dim, 1, &sum);
         }
       float* to = out + r * model.heads * dim + (head * group + q % group) * dim;
+      in_order<Kept>(sum, dim);
       for (int64_t d = 0; d < dim; d += LANES)
         store(to + d, rounded(load(sum + d) / total_weight[q], model.is_rounded));
     }
   }
 
-  void add_shared(const float* weights, int64_t stride, int64_t queries, const float* values,
+  void add_shared(const float* weights, int64_t stride, int64_t queries, const Kept* values,
                   int64_t columns, float* sums) const {
     for (int64_t q = 0; q < queries;) {
       const float* weight[6];
@@ -278,10 +206,10 @@ struct Attention {
       for (int i = 0; i < 6; i++)
         weight[i] = weights + (q + i) * stride, to[i] = sums + (q + i) * model.head_dim;
       int64_t left = queries - q;
-      if (left >= 6) add_values<6>(weight, values, columns, to), q += 6;
-      else if (left >= 3) add_values<3>(weight, values, columns, to), q += 3;
-      else if (left >= 2) add_values<2>(weight, values, columns, to), q += 2;
-      else add_values<1>(weight, values, columns, to), q += 1;
+      if (left >= 6) add_values<6>(weight, values, model.head_dim, columns, to), q += 6;
+      else if (left >= 3) add_values<3>(weight, values, model.head_dim, columns, to), q += 3;
+      else if (left >= 2) add_values<2>(weight, values, model.head_dim, columns, to), q += 2;
+      else add_values<1>(weight, values, model.head_dim, columns, to), q += 1;
     }
   }
 
@@ -303,6 +231,6 @@ struct Attention {
     const int64_t column = span.length + row - span.row;
     const Piece& p = piece_of(span, column);
     const int64_t head = item - model.heads - (is_key ? 0 : model.kv_heads);
-    memcpy(is_key ? key(p, head, column) : value(p, head, column), x, dim * sizeof(float));
+    keep(x, dim, is_key ? key(p, head, column) : value(p, head, column));
   }
 };

@@ -33,7 +33,8 @@ struct Plan {
 
   Plan(const Model& m, const Step& s) : depth(s.rows), path(s.rows, nullptr), span_of(s.rows) {
     size_t room = 0;
-    const int64_t group = m.heads / m.kv_heads;
+    const int64_t most = std::max<int64_t>(1, MOST_QUERIES / (m.heads / m.kv_heads));
+    const bool is_few = s.spans * m.kv_heads < 2 * s.threads;  // to share out between threads
     for (int64_t i = 0; i < s.spans; i++) {
       const Span& span = s.span[i];
       columns = std::max(columns, span.length + span.rows);
@@ -42,9 +43,8 @@ struct Plan {
         depth[r] = s.parent[r] < 0 ? 0 : depth[s.parent[r]] + 1;
         if (!span.is_chain) room += depth[r] + 1;
       }
-      const int64_t most = std::max<int64_t>(1, MOST_QUERIES / group);
       int64_t tiles = (span.rows + most - 1) / most;
-      if (tiles * m.kv_heads < 2 * s.threads) tiles = std::min(span.rows, 2 * tiles);
+      if (is_few) tiles = std::min(span.rows, 2 * tiles);
       for (int64_t h = 0; h < m.kv_heads; h++)
         for (int64_t t = 0; t < tiles; t++) {
           int64_t a = span.rows * t / tiles, b = span.rows * (t + 1) / tiles;
@@ -67,7 +67,8 @@ struct Plan {
 static int64_t padded(int64_t n) { return (n + 63) / 64 * 64; }
 
 static int64_t scratch_floats(const Model& m, int64_t columns) {
-  return padded(m.head_dim * LANES + MOST_QUERIES * (m.head_dim + columns + 2 * LANES));
+  return padded(KEY_BLOCKS * m.head_dim * LANES +
+                MOST_QUERIES * (m.head_dim + columns + 2 * LANES));
 }
 
 struct Forward {
@@ -119,8 +120,16 @@ struct Forward {
   }
 
   void attend(const Layer& layer, int64_t index, Worker me) const {
+    if (m.keeps_half)
+      attend<Half>(layer, index, me);
+    else
+      attend<float>(layer, index, me);
+  }
+
+  template <typename Kept>
+  void attend(const Layer& layer, int64_t index, Worker me) const {
     const int64_t dim = m.head_dim, per_row = m.heads + 2 * m.kv_heads;
-    Attention a{m, s, layer, index, qkv, mixed, plan.depth.data(), plan.path.data()};
+    Attention<Kept> a{m, s, layer, index, qkv, mixed, plan.depth.data(), plan.path.data()};
     const int64_t parts = s.rows * per_row;
     for (int64_t i = me.first(parts); i < me.last(parts); i++) {
       const int64_t row = i / per_row;

@@ -26,9 +26,10 @@ struct Layer {
 };
 
 struct Model {
-  int64_t layers, hidden, inner, heads, kv_heads, head_dim, sum_columns;
+  int64_t layers, hidden, inner, heads, kv_heads, head_dim;
   int64_t activation;        // 0: SiLU, 1: GELU by tanh
   int64_t is_rounded;        // bfloat16 model
+  int64_t keeps_half;        // K/V are kept in bfloat16
   int64_t rounds_unit_norm;  // bfloat16: the unit vector is rounded before its weight
   float eps, logit_softcap;
   const Layer* layer;
@@ -36,9 +37,9 @@ struct Model {
   Matrix head;
 };
 
-struct Piece {  // one segment of the K/V store: [layers, kv_heads, tokens, ...]
+struct Piece {  // one segment of the K/V store: [layers, kv_heads, tokens, head_dim]
   int64_t start, columns, tokens;
-  float *keys, *values;
+  void *keys, *values;
 };
 
 struct Span {
