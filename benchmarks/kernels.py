@@ -6,8 +6,8 @@
     python benchmarks/kernels.py --wide-store --requests 16 --rows 1,2 --context 1024 \
         dspark/adapters/fused/kernels
 
-Versions take turns step by step, a chain of rows for each request, behind its context; ratios to the first version are taken turn by
-turn, and their medians shown. A version whose logits differ in a bit from the first's is named.
+Versions take turns step by step, a chain of rows for each request, behind its context; ratios to
+the first version are taken turn by turn, and their medians shown. A version whose logits differ in a bit from the first's is named.
 --small-pages puts a first version before the others: the first folder, its weights in small pages.
 --wide-store likewise: the first folder, keys and values kept in float32.
 --march compiles for another processor, as x86-64-v3 for one with AVX2. The last line of the output
@@ -132,7 +132,8 @@ def main() -> None:
         base = by_name[versions[0].name]
         for name, times in by_name.items():
             faster = statistics.median(a / b for a, b in zip(base, times, strict=True))
-            print(f"{args.requests} x {rows:<3} rows  {name:<12}{statistics.median(times):8.2f} ms  x {faster:.3f}")
+            took = f"{statistics.median(times):8.2f} ms  x {faster:.3f}"
+            print(f"{args.requests} x {rows:<3} rows  {name:<12}{took}")
     finish({"run": describe(), "ms": found}, args.out)
 
 

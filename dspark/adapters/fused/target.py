@@ -22,7 +22,7 @@ class FusedTarget:
     """Target (dspark.target) that runs a whole forward in one call of the kernels.
 
     A row's bits never depend on its company here, so exact mode costs nothing and switching it
-    changes no computation. K/V are kept in the model's dtype, to which they are rounded in any case.
+    changes no computation. K/V are kept in the model's dtype, to which they are rounded anyway.
 
     Args:
         parts: The model, taken apart.
