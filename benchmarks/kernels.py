@@ -7,7 +7,8 @@
         dspark/adapters/fused/kernels
 
 Versions take turns step by step, a chain of rows for each request, behind its context; ratios to
-the first version are taken turn by turn, and their medians shown. A version whose logits differ in a bit from the first's is named.
+the first version are taken turn by turn, and their medians shown. A version whose logits differ in a
+bit from the first's is named.
 --small-pages puts a first version before the others: the first folder, its weights in small pages.
 --wide-store likewise: the first folder, keys and values kept in float32.
 --march compiles for another processor, as x86-64-v3 for one with AVX2. The last line of the output
