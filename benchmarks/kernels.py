@@ -6,9 +6,9 @@
     python benchmarks/kernels.py --wide-store --requests 16 --rows 1,2 --context 1024 \
         dspark/adapters/fused/kernels
 
-Versions take turns step by step, a chain of rows for each request, behind its context; ratios to
-the first version are taken turn by turn, and their medians shown. A version whose logits differ in a
-bit from the first's is named.
+Versions take turns step by step, a chain of rows for each request, behind its context. Ratios to
+the first version are taken turn by turn, and their medians shown. A version with other logits than
+the first, in a single bit, is named.
 --small-pages puts a first version before the others: the first folder, its weights in small pages.
 --wide-store likewise: the first folder, keys and values kept in float32.
 --march compiles for another processor, as x86-64-v3 for one with AVX2. The last line of the output

@@ -13,6 +13,7 @@ import statistics
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from dspark.appetite import Appetite
 from dspark.expert_reuse import ExpertReuse, PricesExperts
+from dspark.seen_costs import MeasuredCosts, SeenCosts
 
 __all__ = ["FirstNode", "PayoffSwitch", "RoundCosts", "StepClock", "StepSeconds"]
 
@@ -114,8 +116,9 @@ class RoundCosts:
     """Seconds of a round: of its forward by rows, and of what comes on top.
 
     Args:
-        step_seconds: A measured profile, looked up as it is; None learns a line while rounds run.
-            One that prices experts is corrected by those that forwards were seen to wake.
+        step_seconds: What forwards cost; None learns a line while rounds run. A measured profile
+            is corrected by what forwards are seen to take, and by the experts they are seen to
+            wake where it prices them; any other function is looked up as it is.
 
     Attributes:
         clock: What is learned while rounds run.
@@ -127,7 +130,10 @@ class RoundCosts:
         self.reuse = ExpertReuse(step_seconds) if isinstance(step_seconds, PricesExperts) else None
         self._step_seconds = step_seconds
         self._curves: OrderedDict[int, FloatArray] = OrderedDict()  # seconds of 0, 1, ... rows
+        is_measured = isinstance(step_seconds, MeasuredCosts) and step_seconds.is_measured
+        self._seen = SeenCosts() if is_measured else None
         self._overheads: deque[float] = deque(maxlen=_OVERHEADS)
+        self._plain_overheads: deque[float] = deque(maxlen=_OVERHEADS)
         self._askings: deque[float] = deque(maxlen=_OVERHEADS)
 
     @property
@@ -147,34 +153,55 @@ class RoundCosts:
 
     @property
     def asking(self) -> float:
-        """Seconds that drafting for one request takes: the median of the last; 0 before any."""
+        """Seconds that drafting for one request adds to a round, its nodes' rows aside.
+
+        The median of the last drafted rounds; 0 before any.
+        """
         return statistics.median(self._askings) if self._askings else 0.0
 
     def wants_plain(self, requests: int) -> bool:
         """As `StepClock.wants_plain`; a profile needs no such step."""
         return not self.is_profiled and self.clock.wants_plain(requests)
 
-    def record(self, rows: int, seconds: float, woken: float | None = None) -> None:
+    def record(
+        self,
+        rows: int,
+        seconds: float,
+        woken: float | None = None,
+        *,
+        requests: int = 1,
+        context: int = 0,
+    ) -> None:
         """Add a measured forward without prompt rows.
 
         Args:
             rows: Rows in the batch.
             seconds: Wall-clock seconds.
             woken: Distinct experts of a layer that it woke, the mean over layers, if that is known.
+            requests: Requests in the batch.
+            context: As for `forwards`.
         """
         self.clock.record(rows, seconds)
         if self.reuse is not None and woken is not None:
             self.reuse.record(rows, woken)
+        if self._seen is not None:
+            profiled = float(self._with_experts(rows, 1, context)[0])
+            self._seen.record(requests, self._alone(context), profiled, seconds)
 
-    def record_overhead(self, seconds: float, asking: float) -> None:
-        """Add what a drafted round took besides its forward.
+    def record_overhead(self, draft: float, rest: float, drafted: int) -> None:
+        """Add what a round took besides its forward.
 
         Args:
-            seconds: All of it.
-            asking: What drafting took of it for each request that was drafted for.
+            draft: Seconds of drafting.
+            rest: Seconds of all else.
+            drafted: Requests that were drafted for.
         """
-        self._overheads.append(seconds)
-        self._askings.append(asking)
+        if not drafted:
+            self._plain_overheads.append(rest)
+            return
+        self._overheads.append(draft + rest)
+        plain = statistics.median(self._plain_overheads) if self._plain_overheads else rest
+        self._askings.append((draft + max(0.0, rest - plain)) / drafted)
 
     def forwards(self, first: int, count: int, context: int) -> FloatArray:
         """Seconds of forwards of first, first + 1, ... rows.
@@ -207,8 +234,28 @@ class RoundCosts:
             wanted[i] = self._step_seconds(first + i, typical)
         return wanted.copy()
 
+    def seen(self, first: int, count: int, context: int, requests: int) -> FloatArray:
+        """As `forwards`, corrected by what forwards of the engine took and which experts they woke.
+
+        Args:
+            first: Fewest rows, >= 1.
+            count: How many row counts, >= 1.
+            context: As for `forwards`.
+            requests: Requests of such a forward, >= 1.
+        """
+        seconds = self._with_experts(first, count, context)
+        if self._seen is None:
+            return seconds
+        return self._seen.seconds(requests, self._alone(context), seconds)
+
     def rates(
-        self, rows: int, context: int, *, with_overhead: bool, prompt_rows: int = 0
+        self,
+        rows: int,
+        context: int,
+        *,
+        with_overhead: bool,
+        requests: int = 1,
+        prompt_rows: int = 0,
     ) -> Callable[[int], FloatArray] | None:
         """Rounds per second, for `dspark.verify.scheduler.Load`.
 
@@ -220,7 +267,8 @@ class RoundCosts:
             rows: Rows that a round has without drafted nodes and prompt rows.
             context: As for `forwards`.
             with_overhead: Count what is measured as rounds run: what a round takes besides its
-                forward, and how many experts its rows wake.
+                forward, what forwards take, and how many experts their rows wake.
+            requests: Requests that decode.
             prompt_rows: Rows of prompts that ride along.
 
         Returns:
@@ -228,7 +276,7 @@ class RoundCosts:
         """
         if not self.is_known:
             return None
-        seconds = self._corrected if with_overhead else self.forwards
+        seconds = partial(self.seen, requests=requests) if with_overhead else self.forwards
         extra = self.overhead if with_overhead else 0.0
         if not prompt_rows:
             return lambda nodes: 1.0 / (seconds(rows, nodes + 1, context) + extra)
@@ -241,41 +289,55 @@ class RoundCosts:
 
         return beside_prompts
 
-    def _corrected(self, first: int, count: int, context: int) -> FloatArray:
+    def _alone(self, context: int) -> float:
+        """Seconds that the profile has for one row."""
+        return float(self.forwards(1, 1, context)[0])
+
+    def _with_experts(self, first: int, count: int, context: int) -> FloatArray:
         """As `forwards`, with as many experts as forwards were seen to wake."""
         seconds = self.forwards(first, count, context)
         if self.reuse is None:
             return seconds
         # However much rows share, a step of many takes no less than one of a single row.
-        least = np.minimum(seconds, self.forwards(1, 1, context))
+        least = np.minimum(seconds, self._alone(context))
         return np.maximum(seconds + self.reuse.seconds(first, count), least)
 
 
 @dataclass(slots=True)
 class FirstNode:
-    """Tells whether a request's next proposal can be expected to hold a node that pays.
+    """Tells whether a request's next proposal can be expected to be worth asking for.
 
-    It cannot if none of the last proposals had one; then nothing is drafted, but for a probe after
+    It cannot if none of the last proposals had a first node that pays, or if what they gained on
+    average is less than what drafting them took. Then nothing is drafted, but for a probe after
     8 rounds, 16, and so on up to 64, as long as that stays so.
     """
 
     _recent: deque[float] = field(default_factory=lambda: deque(maxlen=4))
+    _gains: deque[float] = field(default_factory=lambda: deque(maxlen=8))
     _wait: int = 0
     _pause: int = 8
 
     _LONGEST_PAUSE = 64
 
-    def offered(self, survival: float) -> None:
-        """Note the best node's survival of a proposal that was not empty."""
-        self._recent.append(survival)
+    def offered(self, survival: float, gain: float = math.inf) -> None:
+        """Note a proposal that was not empty.
 
-    def pays(self, bar: float) -> bool:
+        Args:
+            survival: Of its best node.
+            gain: Tokens that its verified nodes are expected to add beyond what their rows cost.
+        """
+        self._recent.append(survival)
+        self._gains.append(gain)
+
+    def pays(self, bar: float, price: float = 0.0) -> bool:
         """Decide about the next round, and count it if it is to be skipped.
 
         Args:
             bar: Survival that the best node must exceed.
+            price: Tokens that plain decoding makes in the time that drafting takes.
         """
-        if len(self._recent) < 4 or max(self._recent) > bar:
+        few = len(self._recent) < 4
+        if few or (max(self._recent) > bar and statistics.fmean(self._gains) >= price):
             self._wait, self._pause = 0, 8
             return True
         if self._wait == 0:

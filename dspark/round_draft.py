@@ -40,13 +40,14 @@ Forced: TypeAlias = Mapping[int, Sequence[int]]
 
 
 class _Bar:
-    """`Scheduler.bar` of one round, remembered."""
+    """`Scheduler.bar` of one round, remembered, and the price of drafting for a request."""
 
-    __slots__ = ("_known", "_load", "_scheduler")
+    __slots__ = ("_known", "_load", "_scheduler", "price")
 
     def __init__(self, scheduler: Scheduler, load: Load) -> None:
         self._scheduler = scheduler
         self._load = load
+        self.price = scheduler.price(load)
         self._known: dict[tuple[int, float, bool], float] = {}
 
     def __call__(self, nodes: int, weight: float, is_drawn: bool) -> float:
@@ -159,7 +160,13 @@ class Drafting:
         # rules that draw from laws; a profile alone does not.
         is_drawn = any(request.rule.draws_from_laws for request in decoding)
         by_time = not (is_drawn and self._costs.is_profiled)
-        rates = self._costs.rates(rows, context, with_overhead=by_time, prompt_rows=prompt_rows)
+        rates = self._costs.rates(
+            rows,
+            context,
+            with_overhead=by_time,
+            requests=len(decoding),
+            prompt_rows=prompt_rows,
+        )
         certain = (1 + len(forced.get(request.request_id, ())) for request in decoding)
         worth = zip((request.priority for request in decoding), certain, strict=True)
         value = sum(priority * tokens for priority, tokens in worth)
@@ -296,7 +303,7 @@ class Drafting:
         result = {}
         cuts = self._scheduler.plan(offers, load)
         for request, proposal, cut in zip(drafted, offered, cuts, strict=True):
-            request.switch.first_node.offered(cut.first)
+            request.switch.first_node.offered(cut.first, cut.gain)
             kept = proposal if cut.keep is None else proposal.subtree(cut.keep)
             request.switch.appetite.took(kept.tree.num_nodes, proposal.tree.num_nodes)
             result[request.request_id] = Drafted(kept, proposal.tree.num_nodes, 0, kept.tree)
@@ -345,7 +352,7 @@ class Drafting:
         if request.params.tree_budget is not None:
             return True
         is_drawn = request.rule.draws_from_laws
-        return switch.first_node.pays(bar(budget, request.priority, is_drawn))
+        return switch.first_node.pays(bar(budget, request.priority, is_drawn), bar.price)
 
     # -- after it -----------------------------------------------------------------------------
 

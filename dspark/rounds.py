@@ -320,10 +320,11 @@ class RoundRunner:
         rows = sum(len(part.part.token_ids) for part in parts)
         decoding = [part for part in parts if not part.is_prefill]
         drafted = sum(part.draft.offered > 0 for part in decoding)
-        if len(decoding) == len(parts):
-            self._costs.record(rows, forward, self.experts.last)
-            if drafted:
-                self._costs.record_overhead(draft + rest, draft / drafted)
+        if decoding and len(decoding) == len(parts):
+            count, context = len(decoding), _mean_context(decoding)
+            woken = self.experts.last
+            self._costs.record(rows, forward, woken, requests=count, context=context)
+            self._costs.record_overhead(draft, rest, drafted)
         for part in parts:
             stats = part.request.stats
             share = forward * len(part.part.token_ids) / rows
@@ -346,13 +347,16 @@ class RoundRunner:
         count = len(decoding)
         certain = count + sum(part.draft.forced for part in decoding)
         nodes = sum(part.draft.doubtful.num_nodes for part in decoding)
-        context = sum(len(part.request.tokens) for part in decoding) // count
-        seconds = self._costs.forwards(certain, nodes + 1, context)
+        seconds = self._costs.seen(certain, nodes + 1, _mean_context(decoding), count)
         each = (seconds[-1] - seconds[0]) / max(nodes, 1)
         for part in decoding:
             if part.draft.offered:
                 extra = draft + float(each) * part.draft.doubtful.num_nodes
                 part.request.switch.drafted(part.gained, extra, float(seconds[0]) / count)
+
+
+def _mean_context(decoding: Sequence[_Part]) -> int:
+    return sum(len(part.request.tokens) for part in decoding) // len(decoding)
 
 
 def _stop_of(request: ActiveRequest, done: int) -> int:

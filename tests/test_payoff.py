@@ -220,13 +220,25 @@ def test_a_line_of_costs_is_what_single_readings_give(slope: float) -> None:
 def test_what_a_round_takes_besides_its_forward_flattens_the_rates() -> None:
     costs = RoundCosts(lambda rows, context: float(rows))
     assert costs.asking == costs.overhead == 0
-    costs.record_overhead(60.0, 50.0)  # the draft read the prompt
+    costs.record_overhead(50.0, 10.0, 1)  # the draft read the prompt
     for _ in range(6):
-        costs.record_overhead(3.0, 2.0)
-    assert costs.overhead == 3.0
+        costs.record_overhead(4.0, 1.0, 2)
+    assert costs.overhead == 5.0
     assert costs.asking == 2.0
-    assert costs.rates(1, 10, with_overhead=True)(2).tolist() == [1 / 4, 1 / 5, 1 / 6]
+    assert costs.rates(1, 10, with_overhead=True)(2).tolist() == [1 / 6, 1 / 7, 1 / 8]
     assert costs.rates(1, 10, with_overhead=False)(2).tolist() == [1, 1 / 2, 1 / 3]
+
+
+def test_what_drafted_rounds_take_more_than_plain_ones_is_the_price_of_drafting() -> None:
+    costs = RoundCosts(lambda rows, context: float(rows))
+    for _ in range(20):
+        costs.record_overhead(0.0, 3.0, 0)
+        costs.record_overhead(4.0, 5.0, 2)
+    assert costs.overhead == 9.0
+    assert costs.asking == (4 + 5 - 3) / 2
+    for _ in range(20):
+        costs.record_overhead(4.0, 2.0, 2)  # never less than drafting itself
+    assert costs.asking == 2.0
 
 
 def test_the_time_of_prompt_rows_makes_no_token_worth_more() -> None:
@@ -235,7 +247,7 @@ def test_the_time_of_prompt_rows_makes_no_token_worth_more() -> None:
     np.testing.assert_allclose(alone, 1 / np.array([12.0, 13, 14, 15]))
     beside = costs.rates(2, 10, with_overhead=False, prompt_rows=100)(3)
     np.testing.assert_allclose(beside, alone)
-    costs.record_overhead(5.0, 1.0)
+    costs.record_overhead(1.0, 4.0, 1)
     beside = costs.rates(2, 10, with_overhead=True, prompt_rows=100)(3)
     np.testing.assert_allclose(beside, 1 / np.array([17.0, 18, 19, 20]))
 
@@ -267,6 +279,18 @@ def test_a_first_node_that_does_not_pay_is_probed_ever_more_rarely() -> None:
     pauses = [b - a - 1 for a, b in itertools.pairwise(numbers) if b - a > 1]
     assert pauses[:4] == [8, 16, 32, 64]
     assert set(pauses[4:]) == {64}
+
+
+@pytest.mark.parametrize(("gain", "price", "is_worth_it"), [(0.2, 0.1, True), (0.05, 0.1, False)])
+def test_drafting_stops_where_it_takes_longer_than_its_nodes_gain(
+    gain: float, price: float, is_worth_it: bool
+) -> None:
+    first, rounds = FirstNode(), 0
+    for number in range(400):
+        if first.pays(0.3, price):
+            rounds += 1
+            first.offered(0.9, gain * 4 if number % 4 == 0 else 0.0)  # one of four gains
+    assert rounds == 400 if is_worth_it else rounds < 40
 
 
 def test_a_first_node_that_pays_is_drafted_in_every_round() -> None:

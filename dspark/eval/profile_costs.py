@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 from numpy.typing import NDArray
 
 from dspark.eval.profile import Profile, seconds_for
 from dspark.payoff import StepSeconds
 
-__all__ = ["ProfileCosts", "costs_of"]
+__all__ = ["ExpertCosts", "ProfileCosts", "costs_of"]
 
 
 def costs_of(profile: Profile) -> StepSeconds:
     """Seconds of forwards as a profile measured them, for `EngineConfig.step_seconds`.
 
     Args:
-        profile: The curve. If it counted experts, the engine corrects it by those that its own
-            forwards wake (`dspark.expert_reuse`).
+        profile: The curve. The engine corrects it by what its own forwards take
+            (`dspark.seen_costs`) and, if it counted experts, by those that they wake
+            (`dspark.expert_reuse`).
     """
-    return ProfileCosts(profile) if profile.experts else partial(seconds_for, profile)
+    return ExpertCosts(profile) if profile.experts else ProfileCosts(profile)
 
 
 class ProfileCosts:
+    """A profile as costs; see `dspark.seen_costs.MeasuredCosts`.
+
+    Args:
+        profile: The curve.
+    """
+
+    is_measured = True
+
+    def __init__(self, profile: Profile) -> None:
+        self._profile = profile
+
+    def __call__(self, rows: int, context: int) -> float:
+        """Seconds of a forward; see `dspark.eval.profile.seconds_for`."""
+        return seconds_for(self._profile, rows, context)
+
+
+class ExpertCosts(ProfileCosts):
     """A profile of a mixture of experts; see `dspark.expert_reuse.PricesExperts`.
 
     Args:
@@ -31,15 +47,11 @@ class ProfileCosts:
     """
 
     def __init__(self, profile: Profile) -> None:
+        super().__init__(profile)
         counts = sorted(profile.experts or (), key=lambda count: count.rows)
-        self._profile = profile
         self._rows = [count.rows for count in counts]
         self._woken = [count.distinct_experts for count in counts]
         self.seconds_per_expert = self._price()
-
-    def __call__(self, rows: int, context: int) -> float:
-        """Seconds of a forward; see `dspark.eval.profile.seconds_for`."""
-        return seconds_for(self._profile, rows, context)
 
     def woken(self, rows: int) -> float:
         """Distinct experts of a layer, on lines between counts, constant beyond them."""

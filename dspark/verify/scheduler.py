@@ -21,6 +21,7 @@ global search are ours).
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ class Load:
         value: Sum of the priorities of all requests that decode.
         rates: How many nodes -> SPS with 0, 1, ... of them on top of the rows there are anyhow
             (anchors, prompt chunks), float64 [nodes + 1]; None while costs are not known.
-        asking: Seconds that drafting for one request takes.
+        asking: Seconds that drafting for one request adds to the round.
     """
 
     value: float
@@ -125,10 +126,14 @@ class Cut:
     Attributes:
         keep: bool [n], the nodes to verify, closed under ancestors; None for all.
         first: Survival of its best node, as far as the scheduler believes it.
+        gain: Weighted tokens that the nodes kept are expected to add, beyond those that the round's
+            tokens without nodes would come to in the time of their rows; infinite where nothing is
+            known about time.
     """
 
     keep: BoolArray | None
     first: float
+    gain: float = 0.0
 
 
 @dataclass(slots=True)
@@ -211,10 +216,20 @@ class Scheduler:
         first = np.maximum.reduceat(flat.survival, starts).tolist()
         is_whole = np.logical_and.reduceat(admitted, starts).tolist()
         bounds = flat.start.tolist()
+        gains = self._gains(flat, admitted, load)
         for place, i in enumerate(some):
             keep = None if is_whole[place] else admitted[bounds[place] : bounds[place + 1]]
-            cuts[i] = Cut(keep, first[place])
+            cuts[i] = Cut(keep, first[place], gains[place])
         return cuts
+
+    def price(self, load: Load) -> float:
+        """Weighted tokens that a round without nodes makes in the time that one drafting takes.
+
+        0 where nothing is known against drafting, and for schedules that do not go by time.
+        """
+        if self._schedule.kind in _STATIC or load.rates is None:
+            return 0.0
+        return load.asking * load.value * float(load.rates(0)[0])
 
     def bar(self, load: Load, *, nodes: int, weight: float, is_drawn: bool) -> float:
         """The survival that the best node of a request must exceed if any of its nodes is to pay.
@@ -257,6 +272,19 @@ class Scheduler:
         self._drift.release(request_id)
 
     # -- inside -------------------------------------------------------------------------------
+
+    def _gains(self, flat: _Flat, admitted: BoolArray, load: Load) -> list[float]:
+        """`Cut.gain` of every offer; the nodes share the time of their rows alike."""
+        starts = flat.start[:-1]
+        if self._schedule.kind in _STATIC or load.rates is None:
+            return [math.inf] * len(starts)
+        total = int(np.count_nonzero(admitted))
+        if not total:
+            return [0.0] * len(starts)
+        rates = load.rates(total)
+        each = load.value * (float(rates[0] / rates[total]) - 1) / total
+        gains: list[float] = np.add.reduceat((flat.worth - each) * admitted, starts).tolist()
+        return gains
 
     def _flatten(self, offers: Sequence[Offer]) -> _Flat:
         trees = [offer.tree for offer in offers]

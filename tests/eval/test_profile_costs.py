@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import pytest
 
 from dspark.eval.profile import ExpertCount, Profile, ProfileKey, ProfilePoint, seconds_for
-from dspark.eval.profile_costs import ProfileCosts, costs_of
+from dspark.eval.profile_costs import ExpertCosts, costs_of
 from dspark.expert_reuse import PricesExperts
+from dspark.seen_costs import MeasuredCosts
 
 ROWS = (1, 2, 4, 8, 16, 32)
 EXPERTS, CHOSEN = 64, 6
@@ -49,26 +48,26 @@ def profile_of(
 
 @pytest.mark.parametrize(("row", "expert"), [(0.0, 0.02), (0.05, 0.02), (0.05, 0.0), (0.0, 0.0)])
 def test_the_price_of_an_expert_is_found_beside_that_of_a_row(row: float, expert: float) -> None:
-    assert ProfileCosts(profile_of(row, expert)).seconds_per_expert == pytest.approx(
+    assert ExpertCosts(profile_of(row, expert)).seconds_per_expert == pytest.approx(
         expert, abs=1e-9
     )
 
 
 def test_prices_are_never_negative() -> None:
     """Steps that curve upwards, as if an expert made them shorter: rows are all there is."""
-    assert ProfileCosts(profile_of(0.2, -0.02)).seconds_per_expert == 0
-    assert ProfileCosts(profile_of(-0.02, 0.05)).seconds_per_expert > 0
-    assert ProfileCosts(profile_of(-0.001, -0.002)).seconds_per_expert == 0
+    assert ExpertCosts(profile_of(0.2, -0.02)).seconds_per_expert == 0
+    assert ExpertCosts(profile_of(-0.02, 0.05)).seconds_per_expert > 0
+    assert ExpertCosts(profile_of(-0.001, -0.002)).seconds_per_expert == 0
 
 
 def test_a_jagged_profile_still_has_about_the_right_price() -> None:
-    assert ProfileCosts(profile_of(0.01, 0.02, noise=0.03)).seconds_per_expert == pytest.approx(
+    assert ExpertCosts(profile_of(0.01, 0.02, noise=0.03)).seconds_per_expert == pytest.approx(
         0.02, rel=0.3
     )
 
 
 def test_counts_are_read_between_and_beyond_what_was_measured() -> None:
-    costs = ProfileCosts(profile_of(0.0, 0.02))
+    costs = ExpertCosts(profile_of(0.0, 0.02))
     assert costs.woken(8) == pytest.approx(woken(8))
     assert costs.woken(3) == pytest.approx((woken(2) + woken(4)) / 2)
     assert costs.woken(100) == costs.woken(32) == pytest.approx(woken(32))
@@ -80,5 +79,6 @@ def test_seconds_are_the_profiles_and_dense_targets_have_no_prices() -> None:
     assert isinstance(costs, PricesExperts)
     assert costs(5, 100) == seconds_for(profile, 5, 100)
     dense = costs_of(profile_of(0.05, 0.02, has_experts=False))
-    assert isinstance(dense, partial)
+    assert not isinstance(dense, PricesExperts)
+    assert isinstance(dense, MeasuredCosts)
     assert not isinstance(dense, PricesExperts)

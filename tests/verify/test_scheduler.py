@@ -303,6 +303,37 @@ def test_a_request_whose_best_node_is_under_the_bar_gets_no_row(
             assert masks([offer], [cut])[0].any()
 
 
+@given(
+    chains=st.lists(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=4), min_size=1, max_size=3),
+    seconds=st.lists(st.floats(0.1, 3.0), min_size=13, max_size=13),
+    value=st.floats(1.0, 8.0),
+)
+def test_a_gain_is_what_nodes_add_over_plain_decoding_in_the_same_time(
+    chains: list[list[float]], seconds: list[float], value: float
+) -> None:
+    trees = [chain_of(*np.sort(survival)[::-1]) for survival in chains]
+    offers = [Offer(request_id=i, tree=tree) for i, tree in enumerate(trees)]
+    load = load_of(seconds, value)
+    cuts = Scheduler(Schedule.parse("global")).plan(offers, load)
+    kept = masks(offers, cuts)
+    nodes = sum(int(mask.sum()) for mask in kept)
+    tokens = sum(float(t.survival[m].sum()) for t, m in zip(trees, kept, strict=True))
+    rates = load.rates(nodes)
+    plain = value * rates[0] / rates[nodes]  # tokens of plain decoding in the round's time
+    assert sum(cut.gain for cut in cuts) == pytest.approx(value + tokens - plain, abs=1e-6)
+    assert sum(cut.gain for cut in cuts) >= -1e-9
+    assert all(cut.gain == 0 for cut, mask in zip(cuts, kept, strict=True) if not mask.any())
+
+
+def test_the_price_of_drafting() -> None:
+    load = replace(APPENDIX, asking=0.1)
+    expected = 0.1 * APPENDIX.value * float(APPENDIX.rates(0)[0])
+    for schedule, price in (("auto", expected), ("early-stop", expected), ("off", 0.0)):
+        scheduler = Scheduler(Schedule.parse(schedule))
+        assert scheduler.price(load) == pytest.approx(price)
+        assert scheduler.price(Load(1.0, None, 0.1)) == 0.0
+
+
 def test_the_bar_of_the_other_schedules() -> None:
     def bar(schedule: str, load: Load = APPENDIX) -> float:
         scheduler = Scheduler(Schedule.parse(schedule))
