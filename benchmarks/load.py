@@ -3,15 +3,17 @@
     python benchmarks/load.py [--target smollm2-135m] [--draft lookup] [--concurrency 1,2,4,8,16,32]
     python benchmarks/load.py --fixed 2,4,8 --schedule auto,async --repeats 5 --out load.json
     python benchmarks/load.py --memory-limit 64        # MiB: short memory, with preemptions
+    python benchmarks/load.py --prompts FOLDER         # humaneval, mbpp, mt-bench and arena-hard
 
-Questions about code and for chat alternate. At a concurrency of C, C requests are under way at all
-times: one that ends makes room for the next, until all were asked. Throughput is that of the time
-in which C are under way: plain answers of one length end together, drafted ones do not, and how
-soon the last few are done says nothing about load. Every configuration has an engine per
-concurrency, kept for all turns as a server would keep it; configurations take turns in changing
-order, so that a slow moment of the machine does not fall on one of them. Texts of greedy requests
-are compared with plain decoding's. The last line is one JSON object; --out keeps it, and after
-Ctrl-C it holds the turns that are whole.
+Questions about code and for chat alternate: of the built-in set, or first turns of public sets in
+.jsonl files of a folder. At a concurrency of C, C requests are under way at all times: one that
+ends makes room for the next, until all were asked. Throughput is that from the first time that one
+took another's place to the last, so that a prompt is read for every answer that ends: plain answers
+of one length begin and end together, drafted ones do not. Every configuration has an engine per
+concurrency, kept for all turns as a server would keep it. Configurations run side by side, a round
+of one and then a round of another, so that a slow moment of the machine falls on all of them.
+Texts of greedy requests are compared with plain decoding's. The last line is one JSON object; --out
+keeps it, and after Ctrl-C it holds the turns that are whole.
 
 Figures of a run: output tokens per second; the median request's tokens per second and time to its
 first token; tau; verified nodes per request and round, the average verification budget;
@@ -27,6 +29,7 @@ import sys
 import time
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from common import describe, finish, forget_prompts, ratio
@@ -38,6 +41,8 @@ from dspark.eval.prompts import OWN, load_prompts
 
 PLAIN = "plain"
 CODE, CHAT = ("code", "editing"), ("writing", "reasoning")
+SETS = {"code": ("humaneval", "mbpp"), "chat": ("mt-bench", "arena-hard")}
+PER_SET = 64  # questions of a kind: both are asked by 32 requests, four times over
 
 
 @dataclass(frozen=True)
@@ -55,19 +60,33 @@ class Asked:
     seed: int
 
 
-def questions(engine: dspark.Engine) -> list[Asked]:
+def texts(folder: str | None) -> dict[str, list[str]]:
+    """Questions about code and for chat; those of a folder's sets in turns."""
+    if folder is None:
+        own = load_prompts(OWN).questions
+        kinds = {"code": CODE, "chat": CHAT}
+        return {kind: [q.turns[0] for q in own if q.category in kinds[kind]] for kind in kinds}
+    found = {}
+    for kind, names in SETS.items():
+        sets = [load_prompts(str(Path(folder) / f"{name}.jsonl")).questions for name in names]
+        found[kind] = [q.turns[0] for few in zip(*sets, strict=False) for q in few][:PER_SET]
+    return found
+
+
+def questions(engine: dspark.Engine, folder: str | None) -> list[Asked]:
     """Code and chat in turns."""
     codec = engine.codec
     if codec is None:
         raise SystemExit("the target has no tokenizer")
-    found: dict[str, list[tuple[int, ...]]] = {"code": [], "chat": []}
-    for question in load_prompts(OWN).questions:
-        kind = "code" if question.category in CODE else "chat"
-        if question.category in (*CODE, *CHAT):
-            message = [{"role": "user", "content": question.turns[0]}]
+    found: dict[str, list[tuple[int, ...]]] = {}
+    for kind, own in texts(folder).items():
+        found[kind] = []
+        for text in own:
+            message = [{"role": "user", "content": text}]
             has_template = codec.has_chat_template
-            tokens = codec.encode_chat(message) if has_template else codec.encode(question.turns[0])
-            found[kind].append(tuple(tokens))
+            found[kind].append(
+                tuple(codec.encode_chat(message) if has_template else codec.encode(text))
+            )
     pairs = zip(found["code"], found["chat"], strict=True)
     turns = [(kind, tokens) for pair in pairs for kind, tokens in zip(found, pair, strict=True)]
     return [Asked(kind, tokens, seed) for seed, (kind, tokens) in enumerate(turns)]
@@ -81,45 +100,56 @@ class Load:
         name: Of the configuration.
         engine: Its engine.
         concurrency: Requests under way.
+        seconds: That the run under way took so far.
     """
 
     name: str
     engine: dspark.Engine
     concurrency: int
+    seconds: float = 0.0
 
-    def run(
-        self, asked: list[Asked], params: dspark.SamplingParams
-    ) -> tuple[dict[str, float], list[list[int]]]:
-        """Answer all questions.
+    def begin(self, asked: list[Asked], params: dspark.SamplingParams) -> None:
+        """Get ready to answer questions."""
+        forget_prompts(self.engine)
+        self.seconds = 0.0
+        self._params = params
+        self._before = self.engine.stats.preemptions
+        self._waiting = deque(asked)
+        self._under_way: list[ActiveRequest] = []
+        self._every: list[ActiveRequest] = []
+        self._marks: list[tuple[float, int]] = []
 
-        Returns:
-            The figures, and the tokens of every answer.
-        """
-        engine, waiting = self.engine, deque(asked)
-        before = engine.stats.preemptions
-        forget_prompts(engine)
-        under_way: list[ActiveRequest] = []
-        every: list[ActiveRequest] = []
+    @property
+    def is_done(self) -> bool:
+        """True once all are answered."""
+        return not (self._waiting or self._under_way)
+
+    def step(self) -> None:
+        """One round, with new requests in the place of those that ended."""
+        is_replacing = self._every and self._waiting and len(self._under_way) < self.concurrency
+        if is_replacing:  # throughput counts from the first of these moments to the last
+            tokens = sum(request.num_generated for request in self._every)
+            self._marks.append((self.seconds, tokens))
         start = time.perf_counter()
-        seconds, tokens = 0.0, 0
-        while waiting or under_way:
-            while waiting and len(under_way) < self.concurrency:
-                own = waiting.popleft()
-                fields = {**_fields(params), "seed": own.seed}
-                under_way += engine.submit(list(own.tokens), dspark.SamplingParams(**fields))
-                every.append(under_way[-1])
-            engine.step()
-            if len(under_way) == self.concurrency:
-                seconds = time.perf_counter() - start
-                tokens = sum(request.num_generated for request in every)
-            under_way = [request for request in under_way if request.phase is not Phase.DONE]
-        results = [request.result() for request in every]
+        while self._waiting and len(self._under_way) < self.concurrency:
+            own = self._waiting.popleft()
+            params = dspark.SamplingParams(**{**_fields(self._params), "seed": own.seed})
+            self._under_way += self.engine.submit(list(own.tokens), params)
+            self._every.append(self._under_way[-1])
+        self.engine.step()
+        self.seconds += time.perf_counter() - start
+        self._under_way = [r for r in self._under_way if r.phase is not Phase.DONE]
+
+    def end(self) -> tuple[dict[str, float], list[list[int]]]:
+        """The figures, and the tokens of every answer."""
+        results = [request.result() for request in self._every]
         for result in results:
             if result.error is not None:
                 raise SystemExit(f"{self.name} at {self.concurrency}: {result.error}")
-        figures = {"tokens per second": tokens / seconds, **_figures(results)}
+        (first, before), (last, after) = self._marks[0], self._marks[-1]
+        figures = {"tokens per second": (after - before) / (last - first), **_figures(results)}
         figures |= _round_milliseconds(results, self.concurrency)
-        figures["preemptions"] = engine.stats.preemptions - before
+        figures["preemptions"] = self.engine.stats.preemptions - self._before
         return figures, [result.token_ids for result in results]
 
 
@@ -198,33 +228,47 @@ def measure(
         (load.name, load.concurrency): [] for load in loads
     }
     rng, differ = random.Random(args.seed), 0  # noqa: S311 - an order, no secret
-    start, done, total = time.perf_counter(), 0, len(loads) * (args.repeats + 1)
+    start, done, total = time.perf_counter(), 0, len(args.concurrency) * (args.repeats + 1)
     try:
         for turn in range(args.repeats + 1):
             whole: dict[tuple[str, int], dict[str, float]] = {}
-            texts: dict[tuple[str, int], list[list[int]]] = {}
-            for load in rng.sample(loads, len(loads)):
-                count = max(3 * load.concurrency, args.requests)
-                # The first turn warms up: it needs no more requests than run together.
-                few = asked * (1 + count // len(asked))
-                few = few[: load.concurrency if turn == 0 else count]
-                key = load.name, load.concurrency
-                whole[key], texts[key] = load.run(few, params)
+            for level in rng.sample(args.concurrency, len(args.concurrency)):
+                # The first turn warms up.
+                count = 2 * level + 1 if turn == 0 else max(4 * level, args.requests)
+                few = (asked * (1 + count // len(asked)))[:count]
+                own = [load for load in loads if load.concurrency == level]
+                found = side_by_side(rng.sample(own, len(own)), few, params)
+                whole |= {(name, level): figures for name, (figures, _) in found.items()}
+                plain = found[PLAIN][1]
+                for _, tokens in found.values():
+                    differ += sum(a != b for a, b in zip(tokens, plain, strict=True))
                 done += 1
                 left = (time.perf_counter() - start) / done * (total - done)
+                speeds = ", ".join(
+                    f"{load.name} {found[load.name][0]['tokens per second']:.1f}" for load in own
+                )
                 print(
-                    f"turn {turn} of {args.repeats}: {load.name}, {load.concurrency} under way, "
-                    f"{whole[key]['tokens per second']:.1f} tok/s, {left:.0f} s left",
+                    f"turn {turn} of {args.repeats}: {level} under way, {speeds} tok/s, "
+                    f"{left:.0f} s left",
                     file=sys.stderr,
                 )
-            for (_, level), own in texts.items():
-                differ += sum(a != b for a, b in zip(own, texts[PLAIN, level], strict=True))
             if turn > 0:
                 for key, value in whole.items():
                     figures[key].append(value)
     except KeyboardInterrupt:
         print("interrupted; whole turns are kept", file=sys.stderr)
     return figures, differ
+
+
+def side_by_side(
+    loads: list[Load], asked: list[Asked], params: dspark.SamplingParams
+) -> dict[str, tuple[dict[str, float], list[list[int]]]]:
+    """Have all configurations answer, round by round in turns: whoever took least time goes on."""
+    for load in loads:
+        load.begin(asked, params)
+    while busy := [load for load in loads if not load.is_done]:
+        min(busy, key=lambda load: load.seconds).step()
+    return {load.name: load.end() for load in loads}
 
 
 def summary(values: list[dict[str, float]]) -> dict[str, Any]:
@@ -256,15 +300,16 @@ def main() -> None:
     parser.add_argument("--schedule", type=lambda text: text.split(","), default=["auto"])
     parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer")
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--requests", type=int, default=12, help="at the least; 3 C if more")
+    parser.add_argument("--requests", type=int, default=16, help="at the least; 4 C if more")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--prompts", metavar="FOLDER", help="of .jsonl files; the built-in set")
     parser.add_argument("--memory-limit", type=int, help="MiB of K/V cache")
     parser.add_argument("--seed", type=int, default=0, help="of the order of runs")
     parser.add_argument("--out")
     args = parser.parse_args()
     base = dspark.Engine.load(args.target, args.draft, dtype=args.dtype, threads=args.threads)
     loads = configurations(args, base)
-    figures, differ = measure(args, loads, questions(base))
+    figures, differ = measure(args, loads, questions(base, args.prompts))
     by_name: dict[str, dict[str, Any]] = {}
     for (name, level), values in figures.items():
         entry = by_name.setdefault(name, {})[str(level)] = summary(values)
