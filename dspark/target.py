@@ -167,7 +167,8 @@ class TargetOutput:
     """What a forward returns.
 
     Attributes:
-        logits: [M, V] for the rows asked for, final soft-cap applied, in the model's dtype.
+        logits: [M, V] for the rows asked for, final soft-cap applied, rounded to the model's dtype;
+            in it or in float32, in which they are judged.
         hidden: Captured hidden states {layer: [N, D]}; layer k is the OUTPUT of decoder layer k,
             -1 the embeddings, and the number of layers (one past the last) what the output head
             gets: the last layer's output behind the final norm.

@@ -25,14 +25,14 @@ from dspark.errors import ConfigError, ShapeError
 from dspark.request import Rule, SamplingParams
 from dspark.tree import DraftTree, Proposal
 from dspark.verify.constraint import AllowedAfter
+from dspark.verify.likeliest import check_finite, likeliest, likeliest_unshaped
 from dspark.verify.noise import NoiseKey, Stream, perturbed_argmax, uniform
 from dspark.verify.rules import CLOSING, draw, walk_block, walk_rejection, walk_targets
 from dspark.verify.sampling import (
     History,
-    check_finite,
+    changes_nothing,
     has_history,
     law_of_row,
-    likeliest,
     shape_logits,
 )
 
@@ -149,6 +149,8 @@ def _verify_free(logits: Tensor, jobs: Sequence[VerifyJob]) -> list[Verdict]:
     """Judge the trees of requests without a grammar together."""
     if not jobs:
         return []
+    if all(_takes_likeliest(job) for job in jobs):
+        return _verify_unshaped(_rows_of(logits, jobs), jobs)
     starts = np.cumsum([0, *(job.num_rows for job in jobs)])
     shaped = _shape(_rows_of(logits, jobs), jobs)
     verdicts: dict[int, Verdict] = {}
@@ -166,6 +168,24 @@ def _verify_free(logits: Tensor, jobs: Sequence[VerifyJob]) -> list[Verdict]:
         host: HalfArray = shaped[starts[j] : starts[j + 1]].detach().to("cpu").numpy()
         verdicts[j] = _verify_by_law(host.__getitem__, jobs[j])
     return [verdicts[j] for j in range(len(jobs))]
+
+
+def _takes_likeliest(job: VerifyJob) -> bool:
+    """Whether a job takes the largest logit of rows that no parameter changes."""
+    takes_tokens = not job.rule.draws_from_laws and _stream_of(job) is None
+    return takes_tokens and changes_nothing(job.params, job.bad_words)
+
+
+def _verify_unshaped(logits: Tensor, jobs: Sequence[VerifyJob]) -> list[Verdict]:
+    """Judge such jobs, whose rows are all there is."""
+    tokens, start = likeliest_unshaped(logits), 0
+    verdicts = []
+    for job in jobs:
+        n = job.num_rows
+        path, tried, closing = walk_targets(job.proposal.tree, tokens[start : start + n])
+        verdicts.append(Verdict(path, closing, tried))
+        start += n
+    return verdicts
 
 
 def _verify_constrained(logits: Tensor, job: VerifyJob) -> Verdict:

@@ -83,7 +83,8 @@ def test_equals_the_plain_path(family: str, dtype: torch.dtype) -> None:
     layers = LAYERS.get(family, 3)
     assert len(ours) == len(theirs) == 2 + layers + 3 * 2
     for a, b in zip(ours, theirs, strict=True):
-        assert a.dtype == b.dtype == dtype
+        assert b.dtype == dtype
+        assert torch.equal(a, a.to(dtype).to(a.dtype))  # logits are float32, but rounded
         assert a.shape == b.shape
         assert (a.float() - b.float()).abs().max() <= TOLERANCE[dtype] * b.float().abs().max()
 

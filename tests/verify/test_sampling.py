@@ -19,7 +19,8 @@ from transformers.generation.logits_process import (
 
 from dspark.errors import CapabilityError, ConfigError, ShapeError
 from dspark.request import SamplingParams
-from dspark.verify.sampling import History, has_history, laws, likeliest, shape_logits
+from dspark.verify.likeliest import likeliest
+from dspark.verify.sampling import History, has_history, laws, shape_logits
 
 INF = math.inf
 

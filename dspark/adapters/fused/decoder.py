@@ -127,7 +127,8 @@ class FusedDecoder:
             wanted: Layers whose outputs to keep, -1 to the number of layers.
 
         Returns:
-            (logits of the output rows [M, V], {layer: [N, D]}), in the model's dtype.
+            Logits of the output rows, float32 [M, V] rounded to the model's dtype, and
+            {layer: [N, D]} in that dtype.
         """
         n, outputs = batch.num_rows, len(batch.output_rows)
         x = self.embed(torch.from_numpy(batch.token_ids))
@@ -163,10 +164,10 @@ class FusedDecoder:
         self._library.forward(ctypes.addressof(self._model), ctypes.addressof(step))
         if self.num_layers in wanted:
             kept[self.num_layers] = normed
-        return logits.to(self.dtype), {k: v.to(self.dtype) for k, v in kept.items()}
+        return logits, {k: v.to(self.dtype) for k, v in kept.items()}
 
     def unembed(self, hidden: Tensor) -> Tensor:
-        """Normed hidden states [n, D] -> logits [n, V], in the model's dtype."""
+        """Normed hidden states [n, D] -> logits, float32 [n, V] rounded to the model's dtype."""
         rows = hidden.to(self.dtype).float().contiguous()
         n, threads = rows.shape[0], torch.get_num_threads()
         logits = torch.empty(n, self.head.outputs)
@@ -178,7 +179,7 @@ class FusedDecoder:
             work=self._room(0, n, 0, threads),
         )
         self._library.unembed(ctypes.addressof(self._model), ctypes.addressof(step))
-        return logits.to(self.dtype)
+        return logits
 
     def _room(self, rows: int, outputs: int, columns: int, threads: int) -> int:
         """Address of enough working memory, kept from call to call."""
