@@ -279,7 +279,7 @@ class RoundCosts:
         seconds = partial(self.seen, requests=requests) if with_overhead else self.forwards
         extra = self.overhead if with_overhead else 0.0
         if not prompt_rows:
-            return lambda nodes: 1.0 / (seconds(rows, nodes + 1, context) + extra)
+            return _Rates(lambda nodes: 1.0 / (seconds(rows, nodes + 1, context) + extra))
         first = rows + prompt_rows
         alone, whole = (float(seconds(count, 1, context)[0]) for count in (rows, first))
 
@@ -287,7 +287,7 @@ class RoundCosts:
             further = seconds(first, nodes + 1, context) - whole
             return 1.0 / (np.maximum(alone + further, min(alone, whole)) + extra)
 
-        return beside_prompts
+        return _Rates(beside_prompts)
 
     def _alone(self, context: int) -> float:
         """Seconds that the profile has for one row."""
@@ -301,6 +301,21 @@ class RoundCosts:
         # However much rows share, a step of many takes no less than one of a single row.
         least = np.minimum(seconds, self._alone(context))
         return np.maximum(seconds + self.reuse.seconds(first, count), least)
+
+
+class _Rates:
+    """Rates of a round, computed once for the most nodes that were asked for."""
+
+    __slots__ = ("_compute", "_known")
+
+    def __init__(self, compute: Callable[[int], FloatArray]) -> None:
+        self._compute = compute
+        self._known: FloatArray = np.empty(0)
+
+    def __call__(self, nodes: int) -> FloatArray:
+        if len(self._known) <= nodes:
+            self._known = self._compute(nodes)
+        return self._known[: nodes + 1]
 
 
 @dataclass(slots=True)
