@@ -43,7 +43,7 @@ ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 QUICK_CONTEXT = 64
 """Context of a quick profile."""
 
-_QUICK_ROWS = (1, 16, 4, 32, 8, 2)  # in order of their worth
+_QUICK_ROWS = (1, 16, 4, 32, 8, 12, 2, 24)  # in order of their worth
 _QUICK_LEAST = 2  # row counts that are measured however slow the target is
 _MARGIN = 1.5  # a pass may take so much longer than the one before
 
@@ -262,7 +262,7 @@ def quick_profile(
 ) -> Profile:
     """Measure a few points at one context in a few seconds.
 
-    Row counts come in order of their worth (1, 16, 4, 32, 8, 2) as long as there is time, the rest
+    Row counts come in order of their worth (1, 16, 4, 32, ...) as long as there is time, the rest
     of which goes to repeats. A target so slow that this is not enough still runs one row and
     sixteen, each once to warm up and once timed.
 

@@ -168,7 +168,7 @@ def test_a_quick_profile_ends_in_time() -> None:
     target = Clocked(lambda rows, context: 0.02 + 0.001 * rows)
     found = quick_profile(target, seconds=2.0, clock=target.clock)
     assert target.now < 2.0
-    assert found.rows == (1, 2, 4, 8, 16, 32)
+    assert found.rows == (1, 2, 4, 8, 12, 16, 24, 32)
     assert min(point.repeats for point in found.points) >= 3
 
 
