@@ -8,8 +8,8 @@
 Questions about code and for chat alternate: of the built-in set, or first turns of public sets in
 .jsonl files of a folder. At a concurrency of C, C requests are under way at all times: one that
 ends makes room for the next, until all were asked. Throughput is that from the first time that one
-took another's place to the last, so that a prompt is read for every answer that ends: plain answers
-of one length begin and end together, drafted ones do not. Every configuration has an engine per
+took another's place to the last, so that a prompt is read for every answer that ends. Answers have
+lengths from a half of --tokens to one and a half. Every configuration has an engine per
 concurrency, kept for all turns as a server would keep it. Configurations run side by side, a round
 of one and then a round of another, so that a slow moment of the machine falls on all of them.
 Texts of greedy requests are compared with plain decoding's. The last line is one JSON object; --out
@@ -53,11 +53,14 @@ class Asked:
         kind: "code" or "chat".
         tokens: The prompt.
         seed: Of its noise.
+        share: Length of its answer, as a share of --tokens: from a half to one and a half, for
+            answers of one length would begin and end together.
     """
 
     kind: str
     tokens: tuple[int, ...]
     seed: int
+    share: float
 
 
 def texts(folder: str | None) -> dict[str, list[str]]:
@@ -89,7 +92,11 @@ def questions(engine: dspark.Engine, folder: str | None) -> list[Asked]:
             )
     pairs = zip(found["code"], found["chat"], strict=True)
     turns = [(kind, tokens) for pair in pairs for kind, tokens in zip(found, pair, strict=True)]
-    return [Asked(kind, tokens, seed) for seed, (kind, tokens) in enumerate(turns)]
+    rng = random.Random(0)  # noqa: S311 - lengths, no secret
+    return [
+        Asked(kind, tokens, seed, rng.uniform(0.5, 1.5))
+        for seed, (kind, tokens) in enumerate(turns)
+    ]
 
 
 @dataclass
@@ -133,7 +140,9 @@ class Load:
         start = time.perf_counter()
         while self._waiting and len(self._under_way) < self.concurrency:
             own = self._waiting.popleft()
-            params = dspark.SamplingParams(**{**_fields(self._params), "seed": own.seed})
+            length = round(own.share * self._params.max_tokens)
+            fields = {**_fields(self._params), "seed": own.seed, "max_tokens": length}
+            params = dspark.SamplingParams(**fields)
             self._under_way += self.engine.submit(list(own.tokens), params)
             self._every.append(self._under_way[-1])
         self.engine.step()
@@ -298,7 +307,7 @@ def main() -> None:
     parser.add_argument("--concurrency", type=_numbers, default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--fixed", type=_numbers, default=[2, 4, 8], help="fixed lengths")
     parser.add_argument("--schedule", type=lambda text: text.split(","), default=["auto"])
-    parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer, on average")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--requests", type=int, default=16, help="at the least; 4 C if more")
     parser.add_argument("--repeats", type=int, default=5)
