@@ -3,7 +3,9 @@
 The target's steps are measured (or read from --profile), rounds are recorded with whole proposals
 verified, and drafting, the rest of a round and prefill are timed on prompts of their own. From
 these three the throughput at each concurrency is predicted; then the engine answers the prompts
-with that concurrency. Nothing of the runs that are compared goes into the prediction.
+with that concurrency. Nothing of the runs that are compared goes into the prediction. Where memory
+is shared with other machines its speed changes from minute to minute, so steps are measured anew
+before every run, and a run is compared with the prediction from those.
 
     python benchmarks/simulate_check.py --draft lookup --prompts 24 --max-tokens 64 --out check.json
 
@@ -41,6 +43,10 @@ from dspark.eval.simulate.recorded import recorded_pool
 from dspark.eval.simulate.run import Limits, Server, simulate
 from dspark.eval.simulate.workload import Workload
 from dspark.request import SamplingParams
+
+
+_AGAIN = ProfileConfig(contexts=(128, 512), repeats=2)
+"""What is measured before every run."""
 
 
 def _options() -> argparse.Namespace:
@@ -116,8 +122,8 @@ def _predict(
     return float(outcome.tokens.sum() / outcome.seconds.sum())
 
 
-def _median(runs: Sequence[RunOutput]) -> float:
-    return statistics.median(run.output_tokens / run.seconds for run in runs)
+def _speeds(runs: Sequence[RunOutput]) -> list[float]:
+    return [run.output_tokens / run.seconds for run in runs]
 
 
 def main() -> None:
@@ -170,34 +176,43 @@ def main() -> None:
     }
     rows: list[dict[str, Any]] = []
     runs: dict[tuple[str, int], list[RunOutput]] = {}
+    steps: dict[tuple[str, int], list[Profile]] = {}
     for turn in range(options.repeats):
         for level in levels:
             for name, runner in runners.items():
                 print(f"turn {turn + 1}: {name}, concurrency {level}", file=sys.stderr)
+                if options.profile is None:
+                    profile = measure_profile(engine.target, _AGAIN, codec=engine.codec)
+                steps.setdefault((name, level), []).append(profile)
                 run = runner.run(requests, level, lambda share: None)
                 runs.setdefault((name, level), []).append(run)
     sizes = engine.config.limits
     for (name, level), done in runs.items():
-        predicted = _predict(
-            name,
-            None if name == "plain" else pool,
-            costs[name],
-            requests,
-            max_tokens=options.max_tokens,
-            limits=Limits(
-                max_batch=level, max_rows=sizes.max_rows, prefill_chunk=sizes.prefill_chunk
-            ),
-        )
-        measured = _median(done)
+        predicted = [
+            _predict(
+                name,
+                None if name == "plain" else pool,
+                replace(costs[name], steps=ProfileSteps(seen)),
+                requests,
+                max_tokens=options.max_tokens,
+                limits=Limits(
+                    max_batch=level, max_rows=sizes.max_rows, prefill_chunk=sizes.prefill_chunk
+                ),
+            )
+            for seen in steps[name, level]
+        ]
+        speeds = _speeds(done)
+        off = [p / m - 1 for p, m in zip(predicted, speeds, strict=True)]
         rows.append(
             {
                 "policy": name,
                 "concurrency": level,
-                "measured": round(measured, 2),
-                "least": round(min(r.output_tokens / r.seconds for r in done), 2),
-                "largest": round(max(r.output_tokens / r.seconds for r in done), 2),
-                "predicted": round(predicted, 2),
-                "off": round(predicted / measured - 1, 4),
+                "measured": round(statistics.median(speeds), 2),
+                "least": round(min(speeds), 2),
+                "largest": round(max(speeds), 2),
+                "predicted": round(statistics.median(predicted), 2),
+                "off": round(statistics.median(off), 4),
+                "off, by turn": [round(value, 4) for value in off],
             }
         )
         row = rows[-1]
