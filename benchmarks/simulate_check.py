@@ -44,7 +44,6 @@ from dspark.eval.simulate.run import Limits, Server, simulate
 from dspark.eval.simulate.workload import Workload
 from dspark.request import SamplingParams
 
-
 _AGAIN = ProfileConfig(contexts=(128, 512), repeats=2)
 """What is measured before every run."""
 
