@@ -125,6 +125,27 @@ def _speeds(runs: Sequence[RunOutput]) -> list[float]:
     return [run.output_tokens / run.seconds for run in runs]
 
 
+def _row(policy: str, level: int, predicted: list[float], speeds: list[float]) -> dict[str, Any]:
+    """Predictions and runs of the same turns, compared, and shown."""
+    off = [p / m - 1 for p, m in zip(predicted, speeds, strict=True)]
+    row = {
+        "policy": policy,
+        "concurrency": level,
+        "measured": round(statistics.median(speeds), 2),
+        "least": round(min(speeds), 2),
+        "largest": round(max(speeds), 2),
+        "predicted": round(statistics.median(predicted), 2),
+        "off": round(statistics.median(off), 4),
+        "off, by turn": [round(value, 4) for value in off],
+    }
+    print(
+        f"{policy:16} {level:4}  measured {row['measured']:8.2f}  predicted "
+        f"{row['predicted']:8.2f} tok/s  off {100 * row['off']:+.1f} %",
+        file=sys.stderr,
+    )
+    return row
+
+
 def main() -> None:
     """Measure, predict, run, compare."""
     options = _options()
@@ -200,26 +221,7 @@ def main() -> None:
             )
             for seen in steps[name, level]
         ]
-        speeds = _speeds(done)
-        off = [p / m - 1 for p, m in zip(predicted, speeds, strict=True)]
-        rows.append(
-            {
-                "policy": name,
-                "concurrency": level,
-                "measured": round(statistics.median(speeds), 2),
-                "least": round(min(speeds), 2),
-                "largest": round(max(speeds), 2),
-                "predicted": round(statistics.median(predicted), 2),
-                "off": round(statistics.median(off), 4),
-                "off, by turn": [round(value, 4) for value in off],
-            }
-        )
-        row = rows[-1]
-        print(
-            f"{name:16} {level:4}  measured {row['measured']:8.2f}  predicted "
-            f"{row['predicted']:8.2f} tok/s  off {100 * row['off']:+.1f} %",
-            file=sys.stderr,
-        )
+        rows.append(_row(name, level, predicted, _speeds(done)))
     stated = {name: list(own.stated) for name, own in costs.items()}
     finish({**describe(), "options": vars(options), "costs": stated, "rows": rows}, options.out)
     if options.within is not None and any(abs(row["off"]) > options.within for row in rows):
