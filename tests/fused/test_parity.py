@@ -210,3 +210,6 @@ def test_refusals() -> None:
     half = random_target("llama", torch.bfloat16, exact=False, layers=2).new_cache()
     with pytest.raises(CapabilityError, match="cannot use"):
         target.forward(TokenBatch.build([part]), half)
+    plain = random_target("llama", torch.float32, exact=True, layers=2)
+    with pytest.raises(CapabilityError, match="cannot use"):  # it would take values for sums
+        plain.forward(TokenBatch.build([part]), cache)

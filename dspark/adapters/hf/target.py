@@ -19,7 +19,7 @@ from dspark.adapters.base import FamilyAdapter
 from dspark.adapters.hf.attention import QUERY_ROWS, Step
 from dspark.adapters.hf.experts import watch_routing
 from dspark.adapters.hf.linear import RowStableLinear, RowWindow, replace_linears
-from dspark.adapters.hf.store import LayerShape, StoreCache
+from dspark.adapters.hf.store import SUM_COLUMNS, LayerShape, StoreCache
 from dspark.cache import Cache
 from dspark.errors import CapabilityError
 from dspark.target import ExactnessReport, HeadRows, TargetInfo, TargetOutput, TokenBatch
@@ -134,7 +134,7 @@ class HFTarget:
             CapabilityError: If the cache was made by another kind of target, or a position is past
                 the model's longest context.
         """
-        if not isinstance(cache, StoreCache):
+        if not isinstance(cache, StoreCache) or cache.layout[1] != SUM_COLUMNS:
             raise CapabilityError(f"{self._info.name} cannot use a {type(cache).__name__}.")
         if batch.num_rows and int(batch.positions.max()) >= self._info.max_positions:
             raise CapabilityError(
