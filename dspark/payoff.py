@@ -32,6 +32,7 @@ StepSeconds: TypeAlias = Callable[[int, int], float]
 
 _DECAY = 0.98
 _OVERHEADS = 15  # drafted rounds whose median is the overhead
+_LONG_SINCE_PLAIN = 100  # forwards with nodes
 _PER_OCTAVE = 8  # contexts whose costs are told apart between n and 2 n tokens
 _CURVES = 16  # contexts whose costs are kept
 
@@ -132,6 +133,7 @@ class RoundCosts:
         self._curves: OrderedDict[int, FloatArray] = OrderedDict()  # seconds of 0, 1, ... rows
         is_measured = isinstance(step_seconds, MeasuredCosts) and step_seconds.is_measured
         self._seen = SeenCosts() if is_measured else None
+        self._since_plain = 0  # forwards
         self._overheads: deque[float] = deque(maxlen=_OVERHEADS)
         self._plain_overheads: deque[float] = deque(maxlen=_OVERHEADS)
         self._askings: deque[float] = deque(maxlen=_OVERHEADS)
@@ -160,7 +162,16 @@ class RoundCosts:
         return statistics.median(self._askings) if self._askings else 0.0
 
     def wants_plain(self, requests: int) -> bool:
-        """As `StepClock.wants_plain`; a profile needs no such step."""
+        """Whether a plain step would tell what a step takes anyhow from what its rows cost.
+
+        As `StepClock.wants_plain`, and under a measured profile where none was seen for long; a
+        function that is taken at its word needs none.
+
+        Args:
+            requests: Requests that decode, which is the rows of a plain step.
+        """
+        if self._seen is not None:
+            return self._since_plain >= _LONG_SINCE_PLAIN
         return not self.is_profiled and self.clock.wants_plain(requests)
 
     def record(
@@ -185,6 +196,7 @@ class RoundCosts:
         if self.reuse is not None and woken is not None:
             self.reuse.record(rows, woken)
         if self._seen is not None:
+            self._since_plain = 0 if rows == requests else self._since_plain + 1
             profiled = float(self._with_experts(rows, 1, context)[0])
             self._seen.record(requests, self._alone(context), profiled, seconds)
 

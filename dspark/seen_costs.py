@@ -26,7 +26,7 @@ FloatArray = NDArray[np.float64]
 _FADE = 0.98  # a forward: the last 50 or so count
 _NOISE = 0.05  # of a forward's seconds, relative
 _EXPECTED = np.array([1.0, 1.0, 0.0])
-_SPREAD = np.array([0.5, 0.5, 0.05])  # of a, b, c before anything was seen
+_SPREAD = np.array([0.5, 1.0, 0.2])  # of a, b, c before anything was seen
 _MOST = 2.0  # times the estimate: slower forwards waited for another program
 
 
@@ -60,11 +60,18 @@ class SeenCosts:
     def factors(self) -> FloatArray:
         """The a, b and c of the module's formula, float64 [3]; a and b never below a tenth."""
         if self._factors is None:
-            found = np.linalg.solve(
-                self._prior + self._products, self._prior @ _EXPECTED + self._targets
-            )
+            found = self._solve(3)
+            if found[2] < 0:  # contexts never save time: what is left over goes to a and b
+                found = np.append(self._solve(2), 0.0)
             self._factors = np.maximum(found, [0.1, 0.1, 0.0])
         return self._factors
+
+    def _solve(self, count: int) -> FloatArray:
+        """The first factors, the others being as expected."""
+        products = (self._prior + self._products)[:count, :count]
+        targets = (self._prior @ _EXPECTED + self._targets)[:count]
+        found: FloatArray = np.linalg.solve(products, targets)
+        return found
 
     def record(self, requests: int, alone: float, profiled: float, seconds: float) -> None:
         """Add a forward.

@@ -70,6 +70,16 @@ def test_what_was_seen_fades() -> None:
     np.testing.assert_allclose(seen.seconds(1, 1.0, curve(1, 16)), curve(1, 16), rtol=0.03)
 
 
+def test_contexts_that_seem_to_save_time_leave_the_rest_exact() -> None:
+    """With 4 requests all the time and a faster machine, c would fall below 0 with a too high."""
+    seen = SeenCosts()
+    for i in range(200):
+        rows = 4 + i % 16
+        seen.record(4, 1.0, profiled(rows), 0.6 * profiled(rows))
+    assert seen.factors[2] == 0
+    np.testing.assert_allclose(seen.seconds(4, 1.0, curve(4, 16)), 0.6 * curve(4, 16), rtol=0.02)
+
+
 def test_absurd_forwards_leave_costs_above_nothing() -> None:
     seen = SeenCosts()
     for i in range(100):
