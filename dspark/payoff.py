@@ -229,7 +229,7 @@ class RoundCosts:
         """
         if self._step_seconds is None:
             return self.clock.line(first, count)
-        octave = round(_PER_OCTAVE * math.log2(max(context, 1)))
+        octave = _octave(context)
         curve = self._curves.get(octave)
         if curve is None:
             curve = np.full(1, np.nan)
@@ -241,9 +241,10 @@ class RoundCosts:
         if len(self._curves) > _CURVES:
             self._curves.popitem(last=False)
         wanted = curve[first : first + count]
-        typical = round(2 ** (octave / _PER_OCTAVE))
-        for i in np.flatnonzero(np.isnan(wanted)).tolist():
-            wanted[i] = self._step_seconds(first + i, typical)
+        if math.isnan(wanted.min()):
+            typical = round(2 ** (octave / _PER_OCTAVE))
+            for i in np.flatnonzero(np.isnan(wanted)).tolist():
+                wanted[i] = self._step_seconds(first + i, typical)
         return wanted.copy()
 
     def seen(self, first: int, count: int, context: int, requests: int) -> FloatArray:
@@ -303,7 +304,9 @@ class RoundCosts:
 
     def _alone(self, context: int) -> float:
         """Seconds that the profile has for one row."""
-        return float(self.forwards(1, 1, context)[0])
+        curve = self._curves.get(_octave(context))
+        seconds = math.nan if curve is None else float(curve[1])
+        return float(self.forwards(1, 1, context)[0]) if math.isnan(seconds) else seconds
 
     def _with_experts(self, first: int, count: int, context: int) -> FloatArray:
         """As `forwards`, with as many experts as forwards were seen to wake."""
@@ -313,6 +316,11 @@ class RoundCosts:
         # However much rows share, a step of many takes no less than one of a single row.
         least = np.minimum(seconds, self._alone(context))
         return np.maximum(seconds + self.reuse.seconds(first, count), least)
+
+
+def _octave(context: int) -> int:
+    """Contexts of the same number have the same costs."""
+    return round(_PER_OCTAVE * math.log2(max(context, 1)))
 
 
 class _Rates:

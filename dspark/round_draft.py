@@ -213,6 +213,8 @@ class Drafting:
         if self._has_failed or self._is_idle:
             return {}
         contexts = []
+        if load.rates is not None:
+            load.rates(sum(budgets))  # for all that will ask: they are worked out once
         bar = _Bar(self._scheduler, load)
         wants_plain = self._costs.wants_plain(len(decoding))
         for request, budget in zip(decoding, budgets, strict=True):
