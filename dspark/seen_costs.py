@@ -14,6 +14,7 @@ at 1, 1 and 0, where the profile is right. The curve's steps stay where they are
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -25,8 +26,9 @@ FloatArray = NDArray[np.float64]
 
 _FADE = 0.98  # a forward: the last 50 or so count
 _NOISE = 0.05  # of a forward's seconds, relative
-_EXPECTED = np.array([1.0, 1.0, 0.0])
-_SPREAD = np.array([0.5, 1.0, 0.2])  # of a, b, c before anything was seen
+_EXPECTED = (1.0, 1.0, 0.0)
+_SPREAD = (0.5, 1.0, 0.2)  # of a, b, c before anything was seen
+_TRUST = tuple(1 / spread**2 for spread in _SPREAD)
 _MOST = 2.0  # times the estimate: slower forwards waited for another program
 
 
@@ -51,27 +53,31 @@ class SeenCosts:
     """Regression of seconds on a profile's, by rows and requests."""
 
     def __init__(self) -> None:
-        self._prior = np.diag(1 / _SPREAD**2)
-        self._products = np.zeros((3, 3))
-        self._targets = np.zeros(3)
-        self._factors: FloatArray | None = _EXPECTED.copy()
+        # Plain numbers: it is asked and told in every round, and numpy takes longer over three.
+        self._products = [0.0] * 6  # sums of aa, ab, ac, bb, bc, cc
+        self._targets = [0.0] * 3
+        self._factors: tuple[float, float, float] | None = _EXPECTED
 
     @property
-    def factors(self) -> FloatArray:
-        """The a, b and c of the module's formula, float64 [3]; a and b never below a tenth."""
+    def factors(self) -> tuple[float, float, float]:
+        """The a, b and c of the module's formula; a and b never below a tenth."""
         if self._factors is None:
-            found = self._solve(3)
-            if found[2] < 0:  # contexts never save time: what is left over goes to a and b
-                found = np.append(self._solve(2), 0.0)
-            self._factors = np.maximum(found, [0.1, 0.1, 0.0])
+            a, b, c = self._solve()
+            self._factors = max(a, 0.1), max(b, 0.1), c
         return self._factors
 
-    def _solve(self, count: int) -> FloatArray:
-        """The first factors, the others being as expected."""
-        products = (self._prior + self._products)[:count, :count]
-        targets = (self._prior @ _EXPECTED + self._targets)[:count]
-        found: FloatArray = np.linalg.solve(products, targets)
-        return found
+    def _solve(self) -> tuple[float, float, float]:
+        """The normal equations, by Cholesky's way; without c where it would be negative."""
+        aa, ab, ac, bb, bc, cc = self._products
+        aa, bb, cc = (own + trust for own, trust in zip((aa, bb, cc), _TRUST, strict=True))
+        expected = zip(self._targets, _TRUST, _EXPECTED, strict=True)
+        a, b, c = (own + trust * value for own, trust, value in expected)
+        ratio_b, ratio_c = ab / aa, ac / aa
+        bb, bc, cc = bb - ratio_b * ab, bc - ratio_b * ac, cc - ratio_c * ac
+        b, c = b - ratio_b * a, c - ratio_c * a
+        found_c = max(0.0, (c - bc / bb * b) / (cc - bc / bb * bc))  # contexts never save time
+        found_b = (b - bc * found_c) / bb
+        return (a - ab * found_b - ac * found_c) / aa, found_b, found_c
 
     def record(self, requests: int, alone: float, profiled: float, seconds: float) -> None:
         """Add a forward.
@@ -82,14 +88,14 @@ class SeenCosts:
             profiled: Seconds that it has for the forward's rows.
             seconds: What it took.
         """
-        parts = np.array([alone, profiled - alone, (requests - 1) * alone])
-        seconds = min(seconds, _MOST * float(parts @ self.factors))
-        parts /= profiled  # errors grow with the forward
-        weight = 1 / _NOISE**2
-        self._products *= _FADE
-        self._targets *= _FADE
-        self._products += weight * np.outer(parts, parts)
-        self._targets += weight * seconds / profiled * parts
+        base, row, request = self.factors
+        further, others = profiled - alone, (requests - 1) * alone
+        seconds = min(seconds, _MOST * (base * alone + row * further + request * others))
+        # Errors grow with the forward.
+        a, b, c, y = alone / profiled, further / profiled, others / profiled, seconds / profiled
+        products = (a * a, a * b, a * c, b * b, b * c, c * c)
+        self._products = _faded(self._products, products)
+        self._targets = _faded(self._targets, (a * y, b * y, c * y))
         self._factors = None
 
     def seconds(self, requests: int, alone: float, profiled: FloatArray) -> FloatArray:
@@ -103,6 +109,11 @@ class SeenCosts:
         Returns:
             float64 [n].
         """
-        base, row, request = self.factors.tolist()
+        base, row, request = self.factors
         fixed = alone * (base - row + request * (requests - 1))
         return np.maximum(row * profiled + fixed, 0.1 * profiled)
+
+
+def _faded(sums: Sequence[float], new: Sequence[float]) -> list[float]:
+    """Sums with a forward added, older ones fading."""
+    return [_FADE * old + value / _NOISE**2 for old, value in zip(sums, new, strict=True)]
