@@ -39,8 +39,7 @@ logger = logging.getLogger(__name__)
 
 _DEPTHS = 32  # deeper nodes count with the deepest
 _SIZE = _DEPTHS + 1
-_SHARED, _LOGGED = 0, 1  # rows
-_NAMES = ("greedy, coupled, sample-match", "rejection, block")
+_NONE = (1.0,) * _SIZE  # factors that correct nothing
 _TRUST = 6.0  # expected tokens of evidence that the depth above stands for
 _TOLERANCE = 0.1  # smaller deviations are left alone
 _TELL = 1.2  # a factor that moved by more than this since it was last told is logged
@@ -69,47 +68,43 @@ class Outcome:
 
 
 class Drift:
-    """Accepted tokens and predicted survival by depth, older ones fading, and the factors.
+    """What is known of all requests, and how the next survivals are to be corrected.
 
-    One row is shared by the requests whose rule compares tokens, one is kept of the others for the
-    log, and each of the others has its own.
+    One record is shared by the requests whose rule compares tokens, one is kept of the others for
+    the log, and each of the others has its own.
     """
 
     def __init__(self) -> None:
-        self._row_of: dict[int, int] = {}
-        self._spare: list[int] = []
-        self._accepted = np.zeros((2, _SIZE))
-        self._predicted = np.zeros((2, _SIZE))
-        self._factors = np.ones((2, _SIZE))
-        self._fade = np.array([_FADE_SHARED, _FADE_SHARED])
-        self._told = np.ones((2, _SIZE))
+        self._shared, self._logged = _Record(_FADE_SHARED), _Record(_FADE_SHARED)
+        self._own: dict[int, _Record] = {}  # of requests whose rule draws from laws
         self._seen: dict[int, tuple[float, float]] = {}  # accepted, expected by the shared record
         self._scale: dict[int, float] = {}  # of requests that differ from the others
-        self._is_active = False
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         """Take in the outcomes of a round."""
         if not outcomes:
             return
-        rows = [self._row(o.request_id) if o.is_drawn else _SHARED for o in outcomes]
-        for outcome in outcomes:
-            if not outcome.is_drawn:
-                self._compare(outcome)
-        self._add(rows, outcomes)
+        shared = [outcome for outcome in outcomes if not outcome.is_drawn]
         drawn = [outcome for outcome in outcomes if outcome.is_drawn]
+        if shared:
+            for outcome in shared:
+                self._compare(outcome)
+            self._shared.add(shared)
+            self._shared.tell("greedy, coupled, sample-match")
         if drawn:
-            self._add([_LOGGED] * len(drawn), drawn)
-        self._is_active = bool(self._scale) or bool((self._factors != 1).any())
+            of_request: dict[int, list[Outcome]] = {}
+            for outcome in drawn:
+                of_request.setdefault(outcome.request_id, []).append(outcome)
+            for request_id, own in of_request.items():
+                self._own.setdefault(request_id, _Record(_FADE_OWN)).add(own)
+            self._logged.add(drawn)
+            self._logged.tell("rejection, block")
 
     def release(self, request_id: int) -> None:
         """Forget what a request showed by itself."""
         self._seen.pop(request_id, None)
         self._scale.pop(request_id, None)
-        row = self._row_of.pop(request_id, None)
-        if row is not None:
-            self._accepted[row] = self._predicted[row] = 0.0
-            self._factors[row] = 1.0
-            self._spare.append(row)
+        self._own.pop(request_id, None)
 
     def correct(
         self,
@@ -129,17 +124,17 @@ class Drift:
         Returns:
             float64 [N]; `survival` itself where there is nothing to correct.
         """
-        if not self._is_active:
+        if not (self._scale or self._own or self._shared.differs):
             return survival
         values = survival.tolist()
         corrected: list[float] = []
         for (owner, is_drawn), tree, first in zip(owners, trees, start.tolist(), strict=False):
-            row = self._row(owner) if is_drawn else _SHARED  # which may make the array grow
+            record = self._own.get(owner) if is_drawn else self._shared
             scale = self._scale.get(owner, 1.0)
-            factors = [factor * scale for factor in self._factors[row].tolist()]
+            factors = _NONE if record is None else record.factors
             nodes = zip(tree.depth.tolist(), tree.parent.tolist(), strict=True)
             for node, (depth, parent) in enumerate(nodes, start=first):
-                value = values[node] * factors[min(depth, _DEPTHS)]
+                value = values[node] * factors[min(depth, _DEPTHS)] * scale
                 above = 1.0 if parent < 0 else corrected[first + parent]
                 corrected.append(min(value, above))
         return np.array(corrected)
@@ -151,7 +146,7 @@ class Drift:
         accepted, expected = self._seen.get(outcome.request_id, (0.0, 0.0))
         tree = outcome.tree
         left = _FADE_REQUEST if len(tree.token) else _FORGET
-        factors = self._factors[_SHARED].tolist()
+        factors = self._shared.factors
         nodes = zip(tree.depth.tolist(), tree.survival.tolist(), strict=True)
         expected *= left
         expected += sum(min(1.0, value * factors[min(depth, _DEPTHS)]) for depth, value in nodes)
@@ -163,72 +158,78 @@ class Drift:
         else:
             self._scale.pop(outcome.request_id, None)
 
-    def _row(self, request_id: int) -> int:
-        """The row of a request whose rule draws from laws; a new one if it has none."""
-        row = self._row_of.get(request_id)
-        if row is None:
-            if not self._spare:
-                self._grow()
-            row = self._row_of[request_id] = self._spare.pop()
-        return row
 
-    def _grow(self) -> None:
-        """Make room for twice as many rows."""
-        size = len(self._fade)
-        self._spare.extend(range(size, 2 * size))
-        self._accepted = np.concatenate([self._accepted, np.zeros((size, _SIZE))])
-        self._predicted = np.concatenate([self._predicted, np.zeros((size, _SIZE))])
-        self._factors = np.concatenate([self._factors, np.ones((size, _SIZE))])
-        self._fade = np.append(self._fade, np.full(size, _FADE_OWN))
+class _Record:
+    """Accepted tokens and predicted survival by depth, older ones fading, and the factors.
 
-    def _add(self, rows: Sequence[int], outcomes: Sequence[Outcome]) -> None:
-        """Count each outcome to its row."""
-        # Plain numbers: a round has a handful of trees, of which numpy would see one at a time.
-        of_row: dict[int, list[Outcome]] = {}
-        for row, outcome in zip(rows, outcomes, strict=True):
-            of_row.setdefault(row, []).append(outcome)
-        for row, own in of_row.items():
-            times = sum(len(outcome.tree.token) > 0 for outcome in own)
-            left = float(self._fade[row]) ** times if times else _FORGET
-            predicted, accepted = [0.0] * _SIZE, [0.0] * _SIZE
-            for outcome in own:
-                tree = outcome.tree
-                for depth, value in zip(tree.depth.tolist(), tree.survival.tolist(), strict=True):
-                    predicted[min(depth, _DEPTHS)] += value
-                if len(tree.token):
-                    for depth in range(min(outcome.accepted, _DEPTHS) + 1):
-                        accepted[depth] += 1.0
-                    accepted[-1] += max(outcome.accepted - _DEPTHS, 0)
-            self._predicted[row] = self._predicted[row] * left + predicted
-            self._accepted[row] = self._accepted[row] * left + accepted
-            self._update(row)
+    Lists of plain numbers: a round has a handful of trees, of which numpy would see one at a time.
 
-    def _update(self, row: int) -> None:
-        """Work the factors of a row out again."""
-        accepted, predicted = self._accepted[row].tolist(), self._predicted[row].tolist()
+    Args:
+        fade: What a verified tree leaves of older evidence.
+
+    Attributes:
+        factors: By depth, from 0; 1 where nothing is to be corrected.
+        differs: True if a factor is not 1.
+    """
+
+    __slots__ = ("_accepted", "_exact", "_fade", "_predicted", "_told", "differs", "factors")
+
+    def __init__(self, fade: float) -> None:
+        self._fade = fade
+        self._accepted = [0.0] * _SIZE
+        self._predicted = [0.0] * _SIZE
+        self._told = list(_NONE)
+        self._exact: list[float] = []
+        self.factors: Sequence[float] = _NONE
+        self.differs = False
+
+    def add(self, outcomes: Sequence[Outcome]) -> None:
+        """Count the outcomes of a round."""
+        times = sum(len(outcome.tree.token) > 0 for outcome in outcomes)
+        left = self._fade**times if times else _FORGET
+        predicted = self._predicted = [value * left for value in self._predicted]
+        accepted = self._accepted = [value * left for value in self._accepted]
+        for outcome in outcomes:
+            tree = outcome.tree
+            if not len(tree.token):
+                continue
+            for depth, value in zip(tree.depth.tolist(), tree.survival.tolist(), strict=True):
+                predicted[min(depth, _DEPTHS)] += value
+            for depth in range(min(outcome.accepted, _DEPTHS) + 1):
+                accepted[depth] += 1.0
+            accepted[-1] += max(outcome.accepted - _DEPTHS, 0)
+        self._update()
+
+    def _update(self) -> None:
+        """Work the factors out again."""
+        accepted, predicted = self._accepted, self._predicted
         deepest = _DEPTHS
         while deepest and predicted[deepest] <= 1e-3:
             deepest -= 1
-        factors = [1.0]
+        found = 1.0
+        exact = [found]
         for depth in range(1, deepest + 1):
-            above = _TRUST * factors[-1]
-            factors.append((accepted[depth] + above) / (predicted[depth] + _TRUST))
-        if row in (_SHARED, _LOGGED):
-            self._tell(row, factors)
-        factors = [1.0 if abs(factor - 1) <= _TOLERANCE else factor for factor in factors]
-        self._factors[row] = factors + [factors[-1]] * (_SIZE - len(factors))
+            found = (accepted[depth] + _TRUST * found) / (predicted[depth] + _TRUST)
+            exact.append(found)
+        factors = [1.0 if abs(factor - 1) <= _TOLERANCE else factor for factor in exact]
+        self._exact = exact
+        self.factors = factors + factors[-1:] * (_SIZE - len(factors))
+        self.differs = any(factor != 1 for factor in factors)
 
-    def _tell(self, row: int, factors: Sequence[float]) -> None:
-        """Log factors that moved far since they were last told."""
-        told = self._told[row].tolist()
-        for depth, factor in enumerate(factors):
-            if 1 / _TELL <= factor / told[depth] <= _TELL:
+    def tell(self, name: str) -> None:
+        """Log factors that moved far since they were last told.
+
+        Args:
+            name: Whose they are.
+        """
+        for depth, factor in enumerate(self._exact):
+            if 1 / _TELL <= factor / self._told[depth] <= _TELL:
                 continue
-            self._told[row, depth] = factor
+            self._told[depth] = factor
             logger.info(
                 "%s: tokens drafted at depth %d are accepted %.2f times as often as their survival "
                 "says; the scheduler goes by that",
-                _NAMES[row],
+                name,
                 depth,
                 factor,
             )
