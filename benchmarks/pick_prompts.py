@@ -1,16 +1,18 @@
 """The questions of the bench in the README, picked from six prompt sets.
 
     python benchmarks/pick_prompts.py FOLDER eval12.jsonl
+    python benchmarks/pick_prompts.py FOLDER eval24.jsonl 4      # questions of each set
 
 FOLDER holds humaneval.jsonl, mbpp.jsonl, gsm8k.jsonl, math500.jsonl, mt-bench.jsonl and
-arena-hard.jsonl, lines of {"turns": [...]}. The first turn of a set's first question and of the one
-a third of the set further on is taken; code, math or chat is its category.
+arena-hard.jsonl, lines of {"turns": [...]}. First turns of two questions of each set are taken, the
+first and the one a third of the set further on; of more, spaced alike. Code, math or chat is their
+category.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +41,13 @@ def pick(folder: Path, each: int = 2) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Write the file."""
-    if len(sys.argv) != 3:
-        raise SystemExit("usage: pick_prompts.py FOLDER OUT.jsonl")
-    folder, out = Path(sys.argv[1]), Path(sys.argv[2])
-    out.write_text("".join(json.dumps(row) + "\n" for row in pick(folder)), encoding="utf-8")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("each", type=int, nargs="?", default=2, help="questions of each set")
+    args = parser.parse_args()
+    rows = pick(args.folder, args.each)
+    args.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

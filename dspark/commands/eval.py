@@ -76,9 +76,13 @@ def eval_command(  # noqa: PLR0913 - one parameter per option is how Typer works
         int, typer.Option("--seed", min=0, help="Every question's seed is derived from it.")
     ] = 0,
     rule: Annotated[
-        str,
-        typer.Option("--rule", help="auto, greedy, coupled, sample-match, rejection or block."),
-    ] = "auto",
+        list[str] | None,
+        typer.Option(
+            "--rule",
+            help="auto, greedy, coupled, sample-match, rejection or block, at temperatures over 0 "
+            "(repeatable; default: auto).",
+        ),
+    ] = None,
     width: Annotated[
         list[int] | None,
         typer.Option(
@@ -153,12 +157,12 @@ def eval_command(  # noqa: PLR0913 - one parameter per option is how Typer works
             top_k=top_k,
             min_p=min_p,
             ignore_eos=ignore_eos,
-            rule=rule,
+            rule=r,
             width=w,
             tree_budget=budget,
             depth=depth,
         )
-        for t in temperature or [0.0]
+        for t, r in _laws(temperature or [0.0], rule or ["auto"])
         for w in width or (None,)
         for budget in tree_budget or (None,)
     ]
@@ -214,6 +218,11 @@ def eval_command(  # noqa: PLR0913 - one parameter per option is how Typer works
 
         print_tables(eval_tables(results))
     _finish(console, campaign, outcomes, run_log, is_kept=is_kept, is_quiet=quiet)
+
+
+def _laws(temperatures: Sequence[float], rules: Sequence[str]) -> list[tuple[float, str]]:
+    """Every temperature with every rule; with the first alone at 0, where all are greedy."""
+    return [(t, rule) for t in temperatures for rule in (rules if t else rules[:1])]
 
 
 def _edges(text: str) -> tuple[int, ...]:

@@ -52,7 +52,10 @@ class Configuration:
         shape = "" if self.params.width is None else f" width {self.params.width}"
         if self.params.tree_budget is not None:
             shape += f" budget {self.params.tree_budget}"
-        return f"{self.draft}{shape} T={self.params.temperature:g} {self.prompts.name}"
+        law = f"T={self.params.temperature:g}"
+        if self.params.temperature > 0 and self.params.rule != "auto":
+            law += f" {self.params.rule}"
+        return f"{self.draft}{shape} {law} {self.prompts.name}"
 
     @property
     def model_id(self) -> str:

@@ -108,6 +108,20 @@ def test_several_tree_budgets_are_several_configurations(
     ]
 
 
+def test_several_rules_are_several_configurations_but_for_greedy(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    laws = ("--temperature", "0", "--temperature", "1", "--rule", "coupled", "--rule", "rejection")
+    assert run("--draft", "lookup", *laws, "--first-turn", "--json", "--quiet") == 0
+    cells = json.loads(capsys.readouterr().out)["configurations"]
+    assert [cell["sampling"]["rule"] for cell in cells] == ["greedy", "coupled", "rejection"]
+    assert [cell["name"] for cell in cells] == [
+        "lookup T=0 tiny",
+        "lookup T=1 coupled tiny",
+        "lookup T=1 rejection tiny",
+    ]
+
+
 def test_an_interrupted_run_exits_130_and_says_how_to_go_on(
     run: Run,
     capsys: pytest.CaptureFixture[str],
