@@ -459,7 +459,10 @@ class PayoffSwitch:
             self._since_probe = 0
 
     def _standard_error(self) -> float:
-        """Of the mean committed tokens, with rounds weighted as they fade."""
+        """Of the mean committed tokens, with rounds weighted as they fade.
+
+        A round more, a token off the mean, keeps rounds that were all alike from being certain.
+        """
         mean = self._tokens / self._rounds
-        variance = max(0.0, self._squares / self._rounds - mean * mean)
-        return math.sqrt(variance * self._weights2) / self._rounds
+        squares = max(0.0, self._squares - self._rounds * mean * mean) + 1.0
+        return math.sqrt(squares / (self._rounds + 1) * self._weights2) / self._rounds

@@ -151,6 +151,15 @@ def test_chance_seldom_stops_drafting_that_gains_and_does_not_save_what_loses() 
     assert drafted_share(rare, 0.6) < 0.05
 
 
+def test_six_rounds_alike_are_no_certainty() -> None:
+    """A token in seven rounds would make up for an eighth of a step: six without one say little."""
+    switch = PayoffSwitch()
+    assert len(run(switch, 6, committed=1, extra=0.125)) == 6
+    assert switch.is_on
+    run(switch, 30, committed=1, extra=0.125)
+    assert switch.off_count > 0
+
+
 def test_a_switch_that_is_not_allowed_never_switches() -> None:
     switch = PayoffSwitch(allowed=False)
     assert len(run(switch, 300, committed=1, extra=9.0)) == 300
