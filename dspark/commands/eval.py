@@ -222,6 +222,8 @@ def eval_command(  # noqa: PLR0913 - one parameter per option is how Typer works
 
 def _laws(temperatures: Sequence[float], rules: Sequence[str]) -> list[tuple[float, str]]:
     """Every temperature with every rule; with the first alone at 0, where all are greedy."""
+    for rule in rules:
+        _ = SamplingParams(rule=rule)  # refuse what is none, though it may not be tried
     return [(t, rule) for t in temperatures for rule in (rules if t else rules[:1])]
 
 

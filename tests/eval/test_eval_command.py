@@ -172,6 +172,7 @@ def test_a_question_that_fails_is_reported_and_the_exit_status_is_2(
         (("--context-buckets", "x"), ConfigError, "--context-buckets is 'x'"),
         (("--definition", "nobody"), ConfigError, "definition is 'nobody'"),
         (("--rule", "greedy", "--temperature", "1"), ConfigError, "greedy needs 0"),
+        (("--rule", "auto", "--rule", "luck"), ConfigError, "rule is 'luck'"),
         (("--prompts", "gone.jsonl"), DataError, "gone.jsonl cannot be read"),
         (("--temperature", "-1"), ConfigError, "temperature is -1"),
     ],
