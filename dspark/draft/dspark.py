@@ -20,15 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from dspark.draft.base import DraftContext
 from dspark.draft.block_module import BlockModule
+from dspark.draft.block_runner import BlockRunner, NewRows, PlainRunner
 from dspark.draft.draft_cache import ContextCache, common_length
-from dspark.draft.dspark_config import Window
 from dspark.draft.feed import WarnOnce, feed, history_of
 from dspark.draft.grow import Growth, GrowthConfig, Limits, grow
 from dspark.tree import Proposal
@@ -36,9 +35,6 @@ from dspark.tree import Proposal
 __all__ = ["DSparkDrafter", "DSparkDrafterConfig"]
 
 _TAIL = 16  # tokens compared to see that a context still extends what was seen
-
-_NewRows: TypeAlias = tuple[ContextCache, Sequence[int], Tensor]
-"""A cache, the tokens of all positions before the anchor, hidden states of the last of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,8 +136,7 @@ class DSparkDrafter:
         self._name = name
         self._device = module.device
         self._vocab = module.vocab.to(self._device)
-        self._windows = [Window(size=w) if isinstance(w, int) else w for w in module.windows]
-        self._sizes = [None if w is None else w.size for w in self._windows]
+        self._plain = PlainRunner(module)
         self._caches: dict[int, ContextCache] = {}
         self._warn = WarnOnce(name)
 
@@ -149,6 +144,12 @@ class DSparkDrafter:
     def module(self) -> BlockModule:
         """The module."""
         return self._module
+
+    @property
+    def runner(self) -> BlockRunner:
+        """What runs the module: what a loader gave it, else its own layers."""
+        given: BlockRunner | None = getattr(self._module, "runner", None)
+        return given or self._plain
 
     @property
     def name(self) -> str:
@@ -211,8 +212,8 @@ class DSparkDrafter:
 
     def _follow(self, contexts: Sequence[DraftContext]) -> None:
         """Bring every request's cache in step with its context."""
-        ready: list[_NewRows] = []
-        lacking: list[_NewRows] = []
+        ready: list[NewRows] = []
+        lacking: list[NewRows] = []
         for context in contexts:
             size = len(context.tokens) - 1
             features = self._features(context, size)
@@ -221,33 +222,11 @@ class DSparkDrafter:
             if features is not None:
                 place = ready if cache.length == start else lacking
                 place.append((cache, context.tokens[:size], features))
-        self._take(ready)
+        if ready:
+            self.runner.take(ready)
         for cache, tokens, features in lacking:  # a donor may be among the ready ones
             self._bridge(cache, tokens[: len(tokens) - features.shape[0]])
-            self._take([(cache, tokens, features)])
-
-    def _take(self, parts: Sequence[_NewRows]) -> None:
-        """Put keys and values of new positions into caches, one product for all of them.
-
-        Args:
-            parts: What arrived, per request.
-        """
-        if not parts:
-            return
-        module = self._module
-        positions = [
-            torch.arange(len(tokens) - rows.shape[0], len(tokens), device=self._device)
-            for _, tokens, rows in parts
-        ]
-        c = module.combine(torch.cat([rows for _, _, rows in parts]))
-        layers = module.context(c, torch.cat(positions))
-        start = 0
-        for cache, tokens, rows in parts:
-            count = int(rows.shape[0])
-            part = slice(start, start + count)
-            kept = [(key[part], value[part]) for key, value in layers]
-            cache.append(tokens[len(tokens) - count :], kept)
-            start += count
+            self.runner.take([(cache, tokens, features)])
 
     def _features(self, context: DraftContext, size: int) -> Tensor | None:
         """Captured hidden states side by side, [n, layers * Dt]; of the last `size` positions."""
@@ -266,7 +245,7 @@ class DSparkDrafter:
             if cache.tokens[tail] != list(context.tokens[tail]):
                 cache = None
         if cache is None:
-            cache = ContextCache(self._sizes)
+            cache = self.runner.new_cache()
         # A recomputed request brings positions again that the cache holds already.
         cache.truncate(start)
         self._caches[context.request_id] = cache
@@ -286,50 +265,16 @@ class DSparkDrafter:
 
     def _run(self, jobs: list[_Job]) -> _Blocks:
         """One forward over the blocks of all requests, and the base logits of all depths."""
-        module, config = self._module, self._module.config
-        slots = config.block_size
-        tokens = torch.full((len(jobs), slots), config.mask_token_id, device=self._device)
-        tokens[:, 0] = torch.tensor([job.context.tokens[-1] for job in jobs], device=self._device)
-        anchors = torch.tensor([job.cache.length for job in jobs], device=self._device)
-        positions = anchors[:, None] + torch.arange(slots, device=self._device)
-
-        def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            out = torch.empty_like(queries)
-            for row, job in enumerate(jobs):
-                part = slice(row * slots, (row + 1) * slots)
-                out[part] = self._attend(job, layer, queries[part], keys[part], values[part])
-            return out
-
-        hidden = module.block(module.embed(tokens.flatten()), positions.flatten(), attend)
-        hidden = hidden.view(len(jobs), slots, -1)
-        depth = min(config.gamma, max(job.context.depth for job in jobs))
-        first = config.first_slot
-        predicting = hidden[:, first : first + depth]
-        base = module.base_logits(predicting.flatten(0, 1)).view(len(jobs), depth, -1)
+        anchors = [job.context.tokens[-1] for job in jobs]
+        depth = min(self._module.config.gamma, max(job.context.depth for job in jobs))
+        hidden, base = self.runner.run(anchors, [job.cache for job in jobs], depth)
         for row, (job, top) in enumerate(zip(jobs, base.amax(dim=(1, 2)).tolist(), strict=True)):
             job.row = row
             job.is_sound = top - top == 0  # false for NaN and infinities
             if not job.is_sound:
                 self._warn("the draft's output is not finite", "nothing is drafted.")
-        return _Blocks(hidden, base, self._start(hidden, tokens[:, 0]))
-
-    def _attend(
-        self, job: _Job, layer: int, queries: Tensor, keys: Tensor, values: Tensor
-    ) -> Tensor:
-        window = self._windows[layer]
-        reach = None if window is None else window.size - window.moves
-        key, value, context = job.cache.with_block(layer, keys, values, reach)
-        mask = None
-        if window is not None and (window.moves or window.is_causal):
-            slots = queries.shape[0]
-            slot = torch.arange(slots, device=queries.device)[:, None]
-            column = torch.arange(-context, slots, device=queries.device)[None]
-            mask = torch.ones(slots, context + slots, dtype=torch.bool, device=queries.device)
-            if window.moves:
-                mask &= (column > slot - window.size) | (column >= 0)
-            if window.is_causal:
-                mask &= column <= slot
-        return self._module.attend(layer, queries, key, value, mask)
+        tokens = torch.tensor(anchors, device=self._device)
+        return _Blocks(hidden, base, self._start(hidden, tokens))
 
     def _start(self, hidden: Tensor, anchors: Tensor) -> Tensor | None:
         """States [B, S] of the sequential head where the first prediction begins."""

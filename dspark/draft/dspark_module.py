@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dspark.draft.backbone import Attend, DraftLayer, RMSNorm, Rotary, attend_rows
+from dspark.draft.block_runner import BlockRunner
 from dspark.draft.dspark_config import DSparkConfig, Window
 from dspark.errors import CapabilityError, ConfigError
 from dspark.mtp_head import ConfidenceHead, DraftVocab, MarkovHead, build_head, few_rows, project
@@ -57,6 +58,7 @@ class DSparkModule(nn.Module):
             )
         self.shares = shares  # not a module: its weights are the target's
         self.head_rows: HeadRows | None = None
+        self.runner: BlockRunner | None = None  # a faster one than its own layers
         self._head: nn.Module | None = None  # in place of the rows, with their bias
         backbone = config.backbone
         hidden, eps = backbone.hidden_size, backbone.norm_eps

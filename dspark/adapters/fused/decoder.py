@@ -221,10 +221,9 @@ def _places(
     for span in batch.spans:
         state, rows = cache.state(span.slot), span.stop - span.start
         columns = max(columns, state.length + rows)
+        shape = structures.CHAIN if span.is_chain else structures.TREE
         spans.append(
-            structures.Span(
-                span.start, rows, state.length, len(pieces), len(state.pieces), int(span.is_chain)
-            )
+            structures.Span(span.start, rows, state.length, len(pieces), len(state.pieces), shape)
         )
         for piece in state.pieces:
             keys, values = piece.segment.keys[0], piece.segment.values[0]

@@ -41,6 +41,12 @@ class Library:
         self.linear.restype = None
         number, place = ctypes.c_int64, ctypes.c_void_p
         self.linear.argtypes = [place, place, number, place, number, number]
+        self.context = self._library.dspark_context
+        self.context.restype = None
+        self.context.argtypes = [place, place, place]
+        self.branches = self._library.dspark_branches
+        self.branches.restype = None
+        self.branches.argtypes = [place, number]
         self._work_floats = self._library.dspark_work_floats
         self._work_floats.restype = ctypes.c_int64
         self._work_floats.argtypes = [ctypes.c_void_p, *(4 * [ctypes.c_int64])]

@@ -9,7 +9,24 @@ from torch import Tensor
 
 from dspark.adapters.fused.packing import KINDS, PackedMatrix
 
-__all__ = ["Layer", "Matrix", "Model", "Piece", "Span", "Step", "address", "matrix"]
+__all__ = [
+    "BLOCK",
+    "CHAIN",
+    "TREE",
+    "Branches",
+    "Context",
+    "Layer",
+    "Matrix",
+    "Model",
+    "Piece",
+    "Span",
+    "Step",
+    "address",
+    "matrix",
+]
+
+TREE, CHAIN, BLOCK = range(3)
+"""What a row sees of its span's rows: its ancestors; those before it; all."""
 
 
 class Matrix(ctypes.Structure):
@@ -82,7 +99,7 @@ class Piece(ctypes.Structure):
 
 
 class Span(ctypes.Structure):
-    """One slot's rows (target.RowSpan)."""
+    """One slot's rows (target.RowSpan); `shape` is one of TREE, CHAIN, BLOCK."""
 
     _fields_ = (
         ("row", c_int64),
@@ -90,7 +107,7 @@ class Span(ctypes.Structure):
         ("length", c_int64),
         ("piece", c_int64),
         ("pieces", c_int64),
-        ("is_chain", c_int64),
+        ("shape", c_int64),
     )
 
 
@@ -113,6 +130,41 @@ class Step(ctypes.Structure):
         ("normed", c_void_p),
         ("logits", c_void_p),
         ("work", c_void_p),
+    )
+
+
+class Context(ctypes.Structure):
+    """Keys and values of a draft's context (kernels/draft.h)."""
+
+    _fields_ = (
+        ("combine", Matrix),
+        ("norm", c_void_p),
+        ("keys_values", c_void_p),
+        ("features", c_void_p),
+        ("c", c_void_p),
+        ("made", c_void_p),
+    )
+
+
+class Branches(ctypes.Structure):
+    """A level of a draft's tree (kernels/draft.h)."""
+
+    _fields_ = (
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("most", c_int64),
+        ("threads", c_int64),
+        ("bias", Matrix),
+        ("latent", c_void_p),
+        ("base", c_void_p),
+        ("base_row", c_void_p),
+        ("temperature", c_void_p),
+        ("noise", c_void_p),
+        ("ids", c_void_p),
+        ("logits", c_void_p),
+        ("column", c_void_p),
+        ("value", c_void_p),
+        ("log_sum", c_void_p),
     )
 
 

@@ -66,7 +66,7 @@ struct Attention {
   int64_t index;         // of the layer
   const float* qkv;      // [rows, (heads + 2 kv_heads) * head_dim], queries scaled
   float* out;            // [rows, heads * head_dim]
-  const int64_t* depth;  // [rows]: own rows before a row on its path
+  const int64_t* depth;  // [rows]: rows of the span that a row sees besides itself
   const int64_t* const* path;  // rows of the span on a tree row's path, itself included
 
   int64_t width() const { return (model.heads + 2 * model.kv_heads) * model.head_dim; }
@@ -133,13 +133,13 @@ struct Attention {
     const int64_t group = model.heads / model.kv_heads, dim = model.head_dim;
     const int64_t queries = rows * group;
     const int64_t own = span.row + row;  // first row of the batch
-    int64_t end = span.is_chain ? span.length + row + rows : span.length + span.rows;
+    int64_t end = span.length + (span.shape == CHAIN ? row + rows : span.rows);
     int64_t first = 0;
     if (layer.window > 0) {
       first = end;
       for (int64_t r = 0; r < rows; r++)
         first = std::min(first, span.length + depth[own + r] - layer.window + 1);
-      if (!span.is_chain) first = std::min(first, span.length);
+      if (span.shape == TREE) first = std::min(first, span.length);
       first = std::max<int64_t>(0, first) / LANES * LANES;
     }
     const int64_t stride = (end - first + LANES - 1) / LANES * LANES;
@@ -167,7 +167,7 @@ struct Attention {
     for (int64_t q = 0; q < queries; q++) {
       const int64_t r = own + q / group;
       float* s = scores + q * stride;
-      if (!span.is_chain)  // the path's columns side by side, as plain decoding has them
+      if (span.shape == TREE)  // the path's columns side by side, as plain decoding has them
         for (int64_t i = 0; i <= depth[r]; i++)
           s[span.length + i - first] = s[span.length + path[r][i] - first];
       const int64_t high = span.length + depth[r] + 1;
@@ -175,7 +175,7 @@ struct Attention {
       total_weight[q] = weigh(s, first, end, low, high);
     }
     memset(sums, 0, queries * dim * sizeof(float));
-    const int64_t shared = span.is_chain ? end : span.length;
+    const int64_t shared = span.shape == TREE ? span.length : end;
     for (int64_t c = first; c < shared;) {
       const Piece& p = piece_of(span, c);
       const int64_t stop = std::min(shared, p.start + p.columns);
@@ -185,7 +185,7 @@ struct Attention {
     for (int64_t q = 0; q < queries; q++) {
       float* sum = sums + q * dim;
       const int64_t r = own + q / group;
-      if (!span.is_chain)
+      if (span.shape == TREE)
         for (int64_t i = 0; i <= depth[r]; i++) {
           const float* weight = scores + q * stride + span.length + i - first;
           const int64_t column = span.length + path[r][i];
@@ -215,8 +215,11 @@ struct Attention {
 
   // Norm, rotate and scale one head's query, or norm, rotate and keep one head's key, or its value.
   void prepare(const Span& span, int64_t row, int64_t item, float* heads) const {
+    prepare_one(span, row, item, heads + item * model.head_dim);
+  }
+
+  void prepare_one(const Span& span, int64_t row, int64_t item, float* x) const {
     const int64_t dim = model.head_dim;
-    float* x = heads + item * dim;
     const bool is_query = item < model.heads;
     const bool is_key = !is_query && item < model.heads + model.kv_heads;
     if (is_query || is_key) {

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "draft.h"
 #include "products.h"
 #include "threads.h"
 
@@ -40,8 +41,11 @@ struct Plan {
       columns = std::max(columns, span.length + span.rows);
       for (int64_t r = span.row; r < span.row + span.rows; r++) {
         span_of[r] = i;
-        depth[r] = s.parent[r] < 0 ? 0 : depth[s.parent[r]] + 1;
-        if (!span.is_chain) room += depth[r] + 1;
+        if (span.shape == BLOCK_OF_ALL)
+          depth[r] = span.rows - 1;
+        else
+          depth[r] = s.parent[r] < 0 ? 0 : depth[s.parent[r]] + 1;
+        if (span.shape == TREE) room += depth[r] + 1;
       }
       int64_t tiles = (span.rows + most - 1) / most;
       if (is_few) tiles = std::min(span.rows, 2 * tiles);
@@ -55,7 +59,7 @@ struct Plan {
     int64_t* next = path_rows.data();
     for (int64_t r = 0; r < s.rows; r++) {
       const Span& span = s.span[span_of[r]];
-      if (span.is_chain) continue;
+      if (span.shape != TREE) continue;
       path[r] = next;
       int64_t at = r;
       for (int64_t i = depth[r]; i >= 0; i--, at = s.parent[at]) next[i] = at - span.row;
@@ -244,6 +248,20 @@ void dspark_unembed(const Model* model, const Step* step) {  // normed [outputs,
   in_threads(step->threads, [&](Worker me) {
     forward.unembed(step->normed, step->outputs, step->logits, me);
   });
+}
+
+// Keys and values of a draft's context.
+void dspark_context(const Model* model, const Context* context, const Step* step) {
+  const ContextForward forward{*model, *context, *step, {}};
+  in_threads(step->threads, [&](Worker me) { forward.run(me); });
+}
+
+// Children of a draft tree's nodes; the bias is rounded to bfloat16 once if `is_rounded`.
+void dspark_branches(const Branches* branches, int64_t is_rounded) {
+  Model rounding{};
+  rounding.is_rounded = is_rounded;
+  const BranchStep step{*branches, rounding, {}};
+  in_threads(branches->threads, [&](Worker me) { step.run(me); });
 }
 
 // out [rows, outputs] = x [rows, inputs] @ W + bias, rounded to bfloat16 once if `is_rounded`.

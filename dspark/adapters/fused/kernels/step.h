@@ -42,9 +42,12 @@ struct Piece {  // one segment of the K/V store: [layers, kv_heads, tokens, head
   void *keys, *values;
 };
 
+// What a row sees of its span's rows: its ancestors; in a chain, those before it; in a block, all.
+enum Shape { TREE = 0, CHAIN = 1, BLOCK_OF_ALL = 2 };
+
 struct Span {
   int64_t row, rows, length, piece, pieces;
-  int64_t is_chain;
+  int64_t shape;
 };
 
 struct Step {
