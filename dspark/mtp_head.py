@@ -136,6 +136,7 @@ class MarkovHead(nn.Module):
 
     kind = "vanilla"
     state_size = 0
+    reads_hidden = False
 
     def __init__(self, *, vocab_size: int, draft_vocab_size: int, rank: int) -> None:
         super().__init__()
@@ -211,6 +212,7 @@ class GatedMarkovHead(MarkovHead):
     """
 
     kind = "gated"
+    reads_hidden = True
 
     def __init__(
         self, *, vocab_size: int, draft_vocab_size: int, rank: int, hidden_size: int
@@ -235,6 +237,7 @@ class RNNHead(MarkovHead):
     """
 
     kind = "rnn"
+    reads_hidden = True
 
     def __init__(
         self, *, vocab_size: int, draft_vocab_size: int, rank: int, hidden_size: int

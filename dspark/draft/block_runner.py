@@ -54,13 +54,18 @@ class Found:
     Attributes:
         tokens: int64 [R, m], token ids; -1 where there are no more.
         values: float32 [R, m], shaped logits with noise, less a number of the row's.
-        log_sum: float32 [R], log of the row's sum of e^value, where there was no noise; not finite
+        log_sum: float32 [R], log of the row's sum of e^value, 0 where there was noise; not finite
             where a logit is not.
     """
 
     tokens: NDArray[np.int64]
     values: NDArray[np.float32]
     log_sum: NDArray[np.float32]
+
+    def rows(self, start: int, stop: int) -> Found:
+        """Those of some of the nodes."""
+        part = slice(start, stop)
+        return Found(self.tokens[part], self.values[part], self.log_sum[part])
 
 
 class BlockRunner(Protocol):
@@ -166,6 +171,7 @@ class PlainRunner:
     def find(self, wanted: Sequence[Wanted], latent: Tensor | None) -> Found | None:
         """None: torch does it."""
         del wanted, latent
+        return None
 
     def _attend(
         self, cache: ContextCache, layer: int, queries: Tensor, keys: Tensor, values: Tensor

@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["ContextCache", "common_length"]
 
-_LEAST = 64  # rows of a new buffer
+_LEAST = 64  # rows of a new buffer; larger ones have a multiple, which fills vectors
 
 
 class _Layer:
@@ -36,29 +36,34 @@ class _Layer:
 
     def write(self, key: Tensor, value: Tensor) -> None:
         """Put rows [n, H, E] behind the kept ones, without keeping them yet."""
-        rows = key.shape[0]
+        rows, heads, size = key.shape
+        keys, values = self.room(rows, (heads, size), key)
         used = self.stop - self.first
-        if self.key is None or self.value is None or used + rows > self.key.shape[1]:
-            self._move(rows, key)
-            used = self.stop - self.first
-        if self.key is None or self.value is None:
-            raise RuntimeError("a draft cache has no buffer after moving")
-        self.key[:, used : used + rows] = key.transpose(0, 1)
-        self.value[:, used : used + rows] = value.transpose(0, 1)
+        keys[:, used : used + rows] = key.transpose(0, 1)
+        values[:, used : used + rows] = value.transpose(0, 1)
 
-    def _move(self, rows: int, like: Tensor) -> None:
+    def room(self, rows: int, shape: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
+        """Buffers [H, C, E] in which so many rows fit behind the kept ones."""
+        if self.key is None or self.value is None:
+            return self._move(rows, shape, like)
+        if self.stop - self.first + rows > self.key.shape[1]:
+            return self._move(rows, shape, like)
+        return self.key, self.value
+
+    def _move(self, rows: int, shape: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
         first = self.first
         if self.window is not None:
             first = max(first, self.stop - self.window)
         kept = self.stop - first
-        capacity = max(_LEAST, 2 * kept + rows)
-        heads, size = like.shape[1:]
+        capacity = -(-(2 * kept + rows) // _LEAST) * _LEAST
+        heads, size = shape
         key, value = like.new_empty(heads, capacity, size), like.new_empty(heads, capacity, size)
         if kept and self.key is not None and self.value is not None:
             start = first - self.first
             key[:, :kept] = self.key[:, start : start + kept]
             value[:, :kept] = self.value[:, start : start + kept]
         self.first, self.key, self.value = first, key, value
+        return key, value
 
     def rows(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Views [H, n, E] of positions start .. stop - 1, written rows included."""
@@ -89,6 +94,30 @@ class ContextCache:
         """Positions taken in, from the beginning of the text."""
         return len(self.tokens)
 
+    @property
+    def kept(self) -> int:
+        """Positions whose rows the first layer keeps, the last ones."""
+        return self._layers[0].stop - self._layers[0].first
+
+    def room(self, rows: int, shape: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
+        """Buffers of the first layer, to be written to by whoever `advance`s.
+
+        Args:
+            rows: Rows to come.
+            shape: (H, E).
+            like: A tensor of the dtype and device wanted.
+
+        Returns:
+            Keys and values [H, C, E]; the next row belongs at index `kept`.
+        """
+        return self._layers[0].room(rows, shape, like)
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        """Take in new positions whose rows were written into `room`."""
+        for layer in self._layers:
+            layer.stop += len(tokens)
+        self.tokens.extend(tokens)
+
     def append(self, tokens: Sequence[int], rows: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Take in new positions.
 
@@ -98,8 +127,7 @@ class ContextCache:
         """
         for layer, (key, value) in zip(self._layers, rows, strict=True):
             layer.write(key, value)
-            layer.stop += len(tokens)
-        self.tokens.extend(tokens)
+        self.advance(tokens)
 
     def with_block(
         self, layer: int, key: Tensor, value: Tensor, reach: int | None

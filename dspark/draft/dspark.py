@@ -21,16 +21,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dspark.draft.base import DraftContext
 from dspark.draft.block_module import BlockModule
-from dspark.draft.block_runner import BlockRunner, NewRows, PlainRunner
+from dspark.draft.block_runner import BlockRunner, NewRows, PlainRunner, Wanted
 from dspark.draft.draft_cache import ContextCache, common_length
 from dspark.draft.feed import WarnOnce, feed, history_of
-from dspark.draft.grow import Growth, GrowthConfig, Limits, grow
+from dspark.draft.grow import Growth, GrowthConfig, Limits, RankedGrowth, grow
+from dspark.mtp_head import project
 from dspark.tree import Proposal
+from dspark.verify import sampling
 
 __all__ = ["DSparkDrafter", "DSparkDrafterConfig"]
 
@@ -63,6 +66,7 @@ class _Job:
         "history",
         "is_sound",
         "needs_confidence",
+        "ranked",
         "row",
         "states",
     )
@@ -73,6 +77,9 @@ class _Job:
         self.growth: Growth = grow(context, limits)
         self.needs_confidence = limits.needs_confidence
         self.history = history_of(context)
+        self.ranked: RankedGrowth | None = None  # where nothing but a temperature shapes logits
+        if isinstance(self.growth, RankedGrowth) and context.allowed is None:
+            self.ranked = self.growth if sampling.only_scales(context.params) else None
         self.frontier: list[int] = []
         self.is_sound = True
         self.row = 0  # among the round's blocks
@@ -137,6 +144,8 @@ class DSparkDrafter:
         self._device = module.device
         self._vocab = module.vocab.to(self._device)
         self._plain = PlainRunner(module)
+        head = module.markov_head
+        self._reads_hidden = head is not None and head.reads_hidden
         self._caches: dict[int, ContextCache] = {}
         self._warn = WarnOnce(name)
 
@@ -289,26 +298,24 @@ class DSparkDrafter:
     def _level(self, jobs: list[_Job], blocks: _Blocks) -> None:
         """Expand the frontiers of all requests at once."""
         which = [(job, node) for job in jobs for node in job.frontier]
-        row = torch.tensor([job.row for job, _ in which], device=self._device)
-        depth = torch.tensor([job.depth(node) for job, node in which], device=self._device)
-        logits = blocks.base[row, depth]
+        rows = [job.row for job, _ in which]
+        depths = [job.depth(node) for job, node in which]
         tokens = torch.tensor([job.last_token(n) for job, n in which], device=self._device)
-        hidden = blocks.hidden[row, depth + self._module.config.first_slot]
-        head = self._module.markov_head
-        if head is not None and blocks.start is not None:
-            if head.state_size:
-                states = torch.stack([_state_before(job, n, blocks.start) for job, n in which])
-            else:
-                states = blocks.start[row]
-            bias, after = head.step(states, tokens, hidden)
-            logits = logits + bias
-            if head.state_size:
-                for (job, node), state in zip(which, after, strict=True):
-                    job.states[node] = state
+        wants_confidence = any(job.needs_confidence for job in jobs)
+        hidden = blocks.hidden[:0, 0]
+        if self._reads_hidden or wants_confidence:
+            first = self._module.config.first_slot
+            hidden = blocks.hidden[rows, [first + depth for depth in depths]]
+        latent = self._latent(which, blocks, tokens, hidden)
         sure = None
-        if any(job.needs_confidence for job in jobs):
+        if wants_confidence:
             found = self._module.confidence(hidden, tokens)
             sure = None if found is None else found.tolist()
+        if self._find(which, latent, sure):
+            return
+        logits = blocks.base[rows, depths]
+        if latent is not None and self._module.markov_head is not None:
+            logits = logits + project(latent, self._module.markov_head.markov_w2)
         start = 0
         for job in jobs:
             part = slice(start, start + len(job.frontier))
@@ -324,6 +331,50 @@ class DSparkDrafter:
                 vocab=self._vocab,
             )
             start = part.stop
+
+    def _latent(
+        self,
+        which: list[tuple[_Job, int]],
+        blocks: _Blocks,
+        tokens: Tensor,
+        hidden: Tensor,
+    ) -> Tensor | None:
+        """What the sequential head's second matrix is applied to, [R, K]; keeps its states."""
+        head = self._module.markov_head
+        if head is None or blocks.start is None:
+            return None
+        states = blocks.start[:0]
+        if head.state_size:
+            states = torch.stack([_state_before(job, n, blocks.start) for job, n in which])
+        latent, after = head.latent(states, head.embed(tokens), hidden)
+        if head.state_size:
+            for (job, node), state in zip(which, after, strict=True):
+                job.states[node] = state
+        return latent
+
+    def _find(
+        self, which: list[tuple[_Job, int]], latent: Tensor | None, sure: list[float] | None
+    ) -> bool:
+        """Let the runner look for the candidates; False if it does not."""
+        wanted = []
+        for job, node in which:
+            if job.ranked is None:
+                return False
+            noise = job.ranked.noise(node, self._vocab.size)
+            scale = sampling.scale_of(job.context.params)
+            wanted.append(Wanted(job.depth(node), job.row, job.ranked.count, scale, noise))
+        found = self.runner.find(wanted, latent)
+        if found is None or not np.isfinite(found.log_sum).all():
+            return False
+        start = 0
+        while start < len(which):
+            job = which[start][0]
+            stop = start + len(job.frontier)
+            if job.ranked is not None:
+                own = None if sure is None else sure[start:stop]
+                job.ranked.take_found(job.frontier, found.rows(start, stop), own)
+            start = stop
+        return True
 
 
 def _state_before(job: _Job, node: int, start: Tensor) -> Tensor:

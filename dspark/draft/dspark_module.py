@@ -187,6 +187,12 @@ class DSparkModule(nn.Module):
         self.head_rows = HeadRows(self.fc.weight.new_empty(0), None, softcap)
         self._head = layer
 
+    def packed_head(self) -> tuple[nn.Module | None, float | None]:
+        """The layer in place of a stock head, if there is one, and the soft-cap of its logits."""
+        if self.config.owns_head:
+            return self.lm_head, self.config.logit_softcap
+        return self._head, None if self.head_rows is None else self.head_rows.softcap
+
     def _shared_logits(self, hidden: Tensor, rows: HeadRows | None) -> Tensor:
         if rows is None:
             raise ConfigError("the rows of the target's head have not been taken.")

@@ -33,8 +33,10 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dspark.draft.base import DraftContext
+from dspark.draft.block_runner import Found
 from dspark.draft.calibration import Calibration, SurvivalMap
 from dspark.draft.recording import Recorder, tell
 from dspark.errors import ConfigError
@@ -222,6 +224,51 @@ class RankedGrowth:
         """Add the best `width` candidates of every node, best first; see `Growth.take`."""
         columns, shares = self._candidates(nodes, shaped)
         best: list[list[int]] = (columns if ids is None else ids[columns]).tolist()
+        self._add(nodes, best, shares, confidence)
+
+    @property
+    def count(self) -> int:
+        """Candidates to look at for each node."""
+        has_noise = self._context.rule is Rule.COUPLED
+        return self._limits.width + (_EXTRA if has_noise else 0)
+
+    def noise(self, node: int, size: int) -> NDArray[np.float32] | None:
+        """Noise [size] by which the children of a node are chosen; None where there is none."""
+        context = self._context
+        if context.rule is not Rule.COUPLED:
+            return None
+        depth = 0 if node < 0 else self.tree.depth[node]
+        return noise.approximate_gumbel(context.noise, context.output_position + depth, size)
+
+    def take_found(
+        self,
+        nodes: Sequence[int],
+        found: Found,
+        confidence: Sequence[float] | None = None,
+    ) -> None:
+        """Add candidates that somebody else has looked for, as `take` does.
+
+        Args:
+            nodes: The nodes, -1 for the anchor.
+            found: `count` candidates of each or more, with the `noise` of each.
+            confidence: As `take`.
+        """
+        width = self._limits.width
+        values = found.values[:, : self.count].astype(np.float64)
+        if self._context.rule is Rule.COUPLED:
+            weights = np.exp(values - values[:, :1])
+            shares = weights / weights.sum(axis=1, keepdims=True)
+        else:
+            shares = np.exp(values - found.log_sum[:, None])
+        self._add(nodes, found.tokens[:, :width].tolist(), shares[:, :width], confidence)
+
+    def _add(
+        self,
+        nodes: Sequence[int],
+        best: Sequence[Sequence[int]],
+        shares: FloatArray,
+        confidence: Sequence[float] | None,
+    ) -> None:
         given, tree, rating = shares.tolist(), self.tree, self._limits.rating
         rates = given
         if rating is not None:

@@ -36,6 +36,7 @@ __all__ = [
     "MAX_GUMBEL",
     "NoiseKey",
     "Stream",
+    "approximate_gumbel",
     "draft_gumbel",
     "draft_topk",
     "gumbel",
@@ -347,6 +348,20 @@ def _states(keys: Sequence[NoiseKey], stream: Stream, *counters: Sequence[int]) 
 def _tensors(like: Tensor, found: tuple[IntArray, FloatArray]) -> tuple[Tensor, Tensor]:
     ids, values = (torch.from_numpy(x).to(like.device) for x in found)
     return ids, values
+
+
+def approximate_gumbel(key: NoiseKey, position: int, size: int) -> HalfArray:
+    """Noise of the coupled rule in float32, for whoever only guesses what will be drawn.
+
+    Args:
+        key: The sample's key.
+        position: Output position.
+        size: V.
+
+    Returns:
+        float32 [V], at most 2e-5 off; shared, not to be written to.
+    """
+    return _approximate_gumbel(_state(key, Stream.COUPLED, position), size)
 
 
 def perturbed_argmax(

@@ -42,6 +42,8 @@ __all__ = [
     "has_history",
     "law_of_row",
     "laws",
+    "only_scales",
+    "scale_of",
     "shape_logits",
 ]
 
@@ -177,6 +179,16 @@ def _edited_rows(
     return [r for start, stop in edited for r in range(start, stop)]
 
 
+def only_scales(params: SamplingParams) -> bool:
+    """True if a temperature is all that `shape_logits` would apply."""
+    return not (_edits(params) or has_history(params) or _truncates(params))
+
+
+def scale_of(params: SamplingParams) -> float:
+    """What logits are divided by; 1 for greedy decoding."""
+    return max(params.temperature, _LEAST_TEMPERATURE) if _scales(params) else 1.0
+
+
 def _check_rows(logits: Tensor, *per_row: Sequence[object] | None) -> None:
     check_matrix(logits)
     for values in per_row:
@@ -299,7 +311,7 @@ def _scale_and_truncate(block: Tensor, params: SamplingParams) -> None:
     if _scales(params):
         # Relative to the best token, so that no temperature overflows.
         best = block.amax(dim=1, keepdim=True)
-        block.sub_(best).div_(max(params.temperature, _LEAST_TEMPERATURE))
+        block.sub_(best).div_(scale_of(params))
     if not _truncates(params):
         return
     host = block.to("cpu")

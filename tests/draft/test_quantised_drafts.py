@@ -16,6 +16,7 @@ from torch import nn
 
 import dspark
 from dspark.adapters.fused import drafts
+from dspark.adapters.fused.draft_runner import FusedRunner
 from dspark.adapters.fused.layout import NotFused
 from dspark.adapters.fused.library import load_library
 from dspark.adapters.fused.linear import PackedLinear, can_pack
@@ -380,13 +381,14 @@ def test_auto_leaves_tiny_modules_and_int8_rounds_them(from_folder, monkeypatch)
     assert from_folder(draft_quant="int8", path="plain").weights == ""
     mine = from_folder(draft_quant="int8")
     assert mine.weights == "int8"
-    assert type(mine.module.fc) is PackedLinear
+    assert type(mine.module.runner) is FusedRunner
+    assert mine.module.fc.weight.numel() == 0
     assert from_folder("lookup+{}", draft_quant="int8").weights == "int8"
     monkeypatch.setattr(drafts, "LEAST_LAYER", 4096)
     monkeypatch.setattr(drafts, "LEAST_WEIGHTS", 8192)
     large = from_folder()
     assert large.weights == "int8"
-    assert type(large.module.fc) is PackedLinear
+    assert type(large.module.runner) is FusedRunner
     assert type(large.module.confidence_head.proj) is nn.Linear
     assert from_folder(draft_quant="none").weights == "float32"
 

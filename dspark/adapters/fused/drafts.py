@@ -11,10 +11,12 @@ from typing import Protocol, runtime_checkable
 
 from torch import nn
 
+from dspark.adapters.fused.draft_runner import FusedRunner, check_fused
 from dspark.adapters.fused.layout import NotFused
 from dspark.adapters.fused.library import Library, load_library
 from dspark.adapters.fused.linear import PackedLinear, can_pack
 from dspark.adapters.fused.packing import KINDS
+from dspark.draft.dspark_module import DSparkModule
 from dspark.folders import cache_root
 from dspark.native import wanted_path
 
@@ -76,7 +78,27 @@ def pack_draft(module: object, quant: str, path: str) -> str:
     except NotFused as exc:
         logger.debug("the draft stays on stock layers: %s", exc)
         return ""
-    return _replace(module, found, head, library, rounding)
+    runner = _runner(module, library, rounding)
+    rest = [one for one in found if one[2].weight.numel()]
+    stored = _replace(module, rest, head, library, rounding)
+    if runner is not None:
+        runner.use_heads()
+        for kind, count in runner.stored.items():
+            stored[kind] += count
+    return max(KINDS, key=lambda kind: stored[kind])
+
+
+def _runner(module: nn.Module, library: Library, quant: str) -> FusedRunner | None:
+    """Give a module that predicts blocks its forwards in the kernels, if they compute them."""
+    if not isinstance(module, DSparkModule):
+        return None
+    try:
+        check_fused(module, library.lanes, quant)
+    except NotFused as exc:
+        logger.debug("the draft's blocks stay on the plain path: %s", exc)
+        return None
+    module.runner = runner = FusedRunner(module, library, quant)
+    return runner
 
 
 def _layers(module: nn.Module, quant: str, least: int) -> list[tuple[nn.Module, str, nn.Linear]]:
@@ -95,7 +117,7 @@ def _replace(
     head: nn.Linear | None,
     library: Library,
     quant: str,
-) -> str:
+) -> dict[str, int]:
     stored = dict.fromkeys(KINDS, 0)
     for parent, name, layer in found:
         packed = PackedLinear(layer, library, quant)
@@ -105,4 +127,4 @@ def _replace(
         packed = PackedLinear(head, library, quant)
         module.use_head(packed)
         stored[packed.kind] += head.weight.numel()
-    return max(KINDS, key=lambda kind: stored[kind])
+    return stored

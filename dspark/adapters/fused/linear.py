@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dspark.adapters.fused import structures
 from dspark.adapters.fused.library import Library
-from dspark.adapters.fused.packing import pack_stacked
+from dspark.adapters.fused.packing import PackedMatrix, pack_stacked
 from dspark.adapters.quantise import GROUP
 from dspark.errors import ShapeError
 
@@ -60,6 +60,11 @@ class PackedLinear(nn.Module):
         self._address = ctypes.addressof(self._matrix)
         self._run = library.linear
         self._is_rounded = int(linear.weight.dtype == torch.bfloat16)
+
+    @property
+    def packed(self) -> PackedMatrix:
+        """The weight as the kernels read it."""
+        return self._packed
 
     @property
     def kind(self) -> str:

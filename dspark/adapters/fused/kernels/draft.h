@@ -33,7 +33,7 @@ struct Branches {
   float* logits;              // [rows, columns]
   int64_t* column;            // [rows, most]: the best, best first
   float* value;               // [rows, most]: of these
-  float* log_sum;             // [rows]: log of the sum of e^value, where there is no noise
+  float* log_sum;             // [rows]: log of the sum of e^value, 0 where there is noise
 };
 }
 
@@ -165,7 +165,7 @@ struct BranchStep {
       if (!(most[0] > value[b.most - 1])) continue;
       for (int64_t i = start; i < stop; i++) insert(row[i], i, column, value);
     }
-    b.log_sum[r] = std::log(total(sum));
+    b.log_sum[r] = b.noise[r] ? 0.0f : std::log(total(sum));
   }
 
   void insert(float v, int64_t i, int64_t* column, float* value) const {
