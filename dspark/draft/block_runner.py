@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dspark.draft.block_module import BlockModule
+from dspark.draft.calibration import SurvivalMap
 from dspark.draft.draft_cache import ContextCache
 from dspark.draft.dspark_config import Window
+from dspark.tree_build import TreeGrower
 
-__all__ = ["BlockRunner", "Found", "NewRows", "PlainRunner", "Wanted"]
+__all__ = ["Ask", "BlockRunner", "Found", "NewRows", "PlainRunner", "Wanted"]
 
 NewRows: TypeAlias = tuple[ContextCache, Sequence[int], Tensor]
 """A cache, the tokens of all positions before the anchor, hidden states of the last of them."""
@@ -68,6 +70,37 @@ class Found:
         return Found(self.tokens[part], self.values[part], self.log_sum[part])
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Ask:
+    """A tree to grow behind one block, as `dspark.draft.grow.RankedGrowth` grows it.
+
+    Attributes:
+        request: int, which of the blocks.
+        anchor: int, the token that the tree follows.
+        budget: Nodes that will be kept.
+        depth: Longest path.
+        width: Children per node.
+        count: Candidates to look at for each node.
+        beams: Nodes to expand per level.
+        min_survival: Nodes less likely than this are not expanded.
+        temperature: What logits are divided by.
+        noise: float32 [V] for each depth, added behind that by token; None for none.
+        rating: How children are rated; None by the draft's own shares.
+    """
+
+    request: int
+    anchor: int
+    budget: int
+    depth: int
+    width: int
+    count: int
+    beams: int
+    min_survival: float
+    temperature: float
+    noise: Sequence[NDArray[np.float32]] | None
+    rating: SurvivalMap | None
+
+
 class BlockRunner(Protocol):
     """Forwards of a module, for several requests at once."""
 
@@ -108,6 +141,18 @@ class BlockRunner(Protocol):
 
         Returns:
             The candidates; None if this runner leaves that to torch.
+        """
+        ...
+
+    def grow(self, asks: Sequence[Ask]) -> list[TreeGrower] | None:
+        """Whole trees behind the last block.
+
+        Args:
+            asks: One per tree.
+
+        Returns:
+            The trees before they are cut to their budgets; None if this runner does not grow such
+            trees, or a logit is no number.
         """
         ...
 
@@ -171,6 +216,11 @@ class PlainRunner:
     def find(self, wanted: Sequence[Wanted], latent: Tensor | None) -> Found | None:
         """None: torch does it."""
         del wanted, latent
+        return None
+
+    def grow(self, asks: Sequence[Ask]) -> list[TreeGrower] | None:
+        """None: the drafter does it level by level."""
+        del asks
         return None
 
     def _attend(

@@ -201,6 +201,8 @@ class DSparkDrafter:
         if jobs:
             blocks = self._run(list(jobs.values()))
             live = [job for job in jobs.values() if job.is_sound]
+            if self._grow(live):
+                live = []
             while live := [job for job in live if job.advance()]:
                 self._level(live, blocks)
         return [
@@ -294,6 +296,23 @@ class DSparkDrafter:
         if self._module.config.first_slot:  # trained through the anchor's slot as well
             _, state = head.latent(state, head.embed(anchors), hidden[:, 0])
         return state
+
+    def _grow(self, jobs: Sequence[_Job]) -> bool:
+        """Let the runner grow the trees; False if it does not grow them all."""
+        asks = []
+        for job in jobs:
+            ask = None
+            if job.ranked is not None:
+                scale = sampling.scale_of(job.context.params)
+                ask = job.ranked.ask(job.row, scale, self._vocab.size)
+            if ask is None:
+                return False
+            asks.append(ask)
+        trees = self.runner.grow(asks) if asks else None
+        for job, tree in zip(jobs, trees or (), strict=False):
+            if job.ranked is not None:
+                job.ranked.take_tree(tree)
+        return trees is not None
 
     def _level(self, jobs: list[_Job], blocks: _Blocks) -> None:
         """Expand the frontiers of all requests at once."""

@@ -36,7 +36,7 @@ import torch
 from numpy.typing import NDArray
 
 from dspark.draft.base import DraftContext
-from dspark.draft.block_runner import Found
+from dspark.draft.block_runner import Ask, Found
 from dspark.draft.calibration import Calibration, SurvivalMap
 from dspark.draft.recording import Recorder, tell
 from dspark.errors import ConfigError
@@ -239,6 +239,42 @@ class RankedGrowth:
             return None
         depth = 0 if node < 0 else self.tree.depth[node]
         return noise.approximate_gumbel(context.noise, context.output_position + depth, size)
+
+    def ask(self, request: int, scale: float, size: int) -> Ask | None:
+        """The whole tree, for somebody else to grow; None where it has to be grown here.
+
+        Args:
+            request: Which of the blocks.
+            scale: What logits are divided by.
+            size: V, as `noise`.
+        """
+        context, limits = self._context, self._limits
+        if limits.recorder is not None:
+            return None
+        noises = None
+        if context.rule is Rule.COUPLED:
+            first = context.output_position
+            noises = [
+                noise.approximate_gumbel(context.noise, first + depth, size)
+                for depth in range(limits.depth)
+            ]
+        return Ask(
+            request=request,
+            anchor=context.tokens[-1],
+            budget=limits.budget,
+            depth=limits.depth,
+            width=limits.width,
+            count=self.count,
+            beams=limits.beams,
+            min_survival=limits.min_survival,
+            temperature=scale,
+            noise=noises,
+            rating=limits.rating,
+        )
+
+    def take_tree(self, tree: TreeGrower) -> None:
+        """Take over what somebody grew for `ask`."""
+        self.tree = tree
 
     def take_found(
         self,

@@ -13,7 +13,8 @@ import torch
 from dspark.adapters.fused import drafts
 from dspark.adapters.fused.draft_runner import FusedRunner
 from dspark.draft.block_runner import PlainRunner, Wanted
-from dspark.draft.dspark import DSparkDrafter
+from dspark.draft.calibration import Calibration, CalibrationKey, SurvivalMap
+from dspark.draft.dspark import DSparkDrafter, DSparkDrafterConfig
 from dspark.draft.dspark_config import Window
 from dspark.mtp_head import DraftVocab
 from dspark.request import Rule
@@ -183,6 +184,61 @@ def test_trees_are_those_of_the_modules_own_layers(make_context, rule, head):  #
         one, two = (tree_of(drafter, contexts(length)) for drafter in drafters)
         assert all(len(tokens) > 6 for tokens, _, _ in one)
         assert_same_trees(one, two)
+
+
+def survival_map(kind, generator):
+    """A map of random numbers; "short" has fewer ranks and depths than trees."""
+    ranks, depths = (1, 1) if kind == "short" else (6, 5)
+    confidence = np.abs(generator.normal(size=ranks)) * (kind == "confidence")
+    return SurvivalMap(
+        bias=generator.normal(size=ranks),
+        share=np.abs(generator.normal(size=ranks)),
+        confidence=confidence,
+        depth=generator.normal(size=depths),
+        temperature=np.exp(generator.normal(size=depths) / 3),
+    )
+
+
+@pytest.mark.parametrize("kind", ["none", "plain", "short", "confidence"])
+@pytest.mark.parametrize("seed", range(6))
+def test_whole_trees_are_those_grown_level_by_level(make_context, monkeypatch, kind, seed):  # noqa: F811
+    generator = np.random.default_rng(seed)
+    rule = RULES[seed % 3]
+    stock, mine = pair("llama", "none" if seed % 2 else "vanilla")
+    calibration = None
+    if kind != "none":
+        key = CalibrationKey(rule=rule, temperature=float(rule is not Rule.GREEDY), is_chain=False)
+        calibration = Calibration({key: survival_map(kind, generator)})
+    config = DSparkDrafterConfig(
+        width=int(generator.integers(2, 7)),
+        beams=int(generator.integers(1, 6)),
+        min_survival=float(generator.choice([0.0, 0.02, 0.2])),
+        calibration=calibration,
+    )
+    drafters = [DSparkDrafter(module, config=config) for module in (stock, mine)]
+    limits = [
+        {"budget": int(generator.integers(1, 20)), "depth": int(generator.integers(1, 7))}
+        for _ in range(3)
+    ]
+    contexts = [
+        make_context(
+            [5, 9, 31 + i], rule=rule, request_id=i, features=make_features(2, seed=i), **limit
+        )
+        for i, limit in enumerate(limits)
+    ]
+    monkeypatch.setattr(DSparkDrafter, "_level", no_levels(DSparkDrafter._level, stock))
+    one, two = (tree_of(drafter, contexts) for drafter in drafters)
+    assert_same_trees(one, two)
+
+
+def no_levels(level, stock):
+    """Levels for the stock module alone."""
+
+    def guarded(drafter, jobs, blocks):
+        assert drafter.module is stock
+        level(drafter, jobs, blocks)
+
+    return guarded
 
 
 def test_what_a_temperature_alone_does_not_shape_is_left_to_torch(make_context):  # noqa: F811

@@ -18,16 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from dspark.adapters.fused import structures
+from dspark.adapters.fused.draft_growth import Growth, Heads
 from dspark.adapters.fused.layout import NotFused
 from dspark.adapters.fused.library import Library
 from dspark.adapters.fused.linear import PackedLinear
 from dspark.adapters.fused.packing import PackedMatrix, pack_gated, pack_stacked
 from dspark.adapters.quantise import GROUP
 from dspark.draft.backbone import DraftLayer
-from dspark.draft.block_runner import Found, NewRows, Wanted
+from dspark.draft.block_runner import Ask, Found, NewRows, Wanted
 from dspark.draft.draft_cache import ContextCache
 from dspark.draft.dspark_config import BackboneConfig
 from dspark.draft.dspark_module import DSparkModule
+from dspark.tree_build import TreeGrower
 
 __all__ = ["FusedRunner", "check_fused"]
 
@@ -125,7 +127,8 @@ class FusedRunner:
         self._captures = (ctypes.c_void_p * len(packed))()
         self._work = torch.empty(0)
         self._rope = torch.empty(0, 2, self._head_dim // 2)
-        self._base = torch.empty(0)
+        self._base = self._hidden = torch.empty(0)
+        self._growth: Growth | None = None
 
     def use_heads(self) -> None:
         """Take the module's heads as they are packed now; what is not packed is left to torch."""
@@ -140,6 +143,10 @@ class FusedRunner:
             self._bias = second.packed
         elif isinstance(second, nn.Linear):
             self._bias = self._keep(pack_stacked([second], self._library.lanes))
+        if markov is None or (markov.kind == "vanilla" and self._bias is not None):
+            first = None if markov is None else markov.markov_w1.weight.detach().contiguous()
+            is_half = bool(self._model.is_rounded)
+            self._growth = Growth(self._library, Heads(first, self._bias, self._ids, is_half))
 
     @property
     def stored(self) -> dict[str, int]:
@@ -256,7 +263,8 @@ class FusedRunner:
         rows = hidden.to(self._dtype).view(count, slots, -1)
         if self._head is None:
             base = module.base_logits(rows[:, self._first : self._first + depth].flatten(0, 1))
-        self._base = base.view(count, depth, -1)
+        self._base = base.view(count, depth, -1).contiguous()
+        self._hidden = rows[:, self._first : self._first + depth]
         return rows, self._base
 
     def find(self, wanted: Sequence[Wanted], latent: Tensor | None) -> Found | None:
@@ -296,6 +304,23 @@ class FusedRunner:
         if self._ids is not None:
             found = np.where(found < 0, -1, self._ids.numpy()[found])
         return Found(found, values, log_sum)
+
+    def grow(self, asks: Sequence[Ask]) -> list[TreeGrower] | None:
+        """See `BlockRunner.grow`; heads that read more than the last token are not grown here."""
+        if self._growth is None:
+            return None
+        sure, of_token = None, None
+        if any(ask.rating is not None and ask.rating.reads_confidence for ask in asks):
+            head = self._module.confidence_head
+            if head is not None:
+                width = self._hidden.shape[-1]
+                weight = head.proj.weight[0].float()
+                sure = self._hidden.float() @ weight[:width]
+                sure = (
+                    sure if head.proj.bias is None else sure + head.proj.bias.float()
+                ).contiguous()
+                of_token = weight[width:].contiguous() if head.rank else None
+        return self._growth.grow(asks, self._base, sure, of_token)
 
     # -- parts --------------------------------------------------------------------------------
 

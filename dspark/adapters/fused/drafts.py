@@ -102,12 +102,18 @@ def _runner(module: nn.Module, library: Library, quant: str) -> FusedRunner | No
 
 
 def _layers(module: nn.Module, quant: str, least: int) -> list[tuple[nn.Module, str, nn.Linear]]:
-    """Layers that the kernels can run, of so many weights at least: parent, name and layer."""
+    """Layers that the kernels can run, of so many weights at least: parent, name and layer.
+
+    A layer with one output, as confidence heads are, would be a panel of which most is padding.
+    """
     return [
         (parent, name, child)
         for parent in module.modules()
         for name, child in parent.named_children()
-        if type(child) is nn.Linear and child.weight.numel() >= least and can_pack(child, quant)
+        if type(child) is nn.Linear
+        and child.out_features > 1
+        and child.weight.numel() >= least
+        and can_pack(child, quant)
     ]
 
 

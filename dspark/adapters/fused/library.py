@@ -47,6 +47,9 @@ class Library:
         self.branches = self._library.dspark_branches
         self.branches.restype = None
         self.branches.argtypes = [place, number]
+        self.grow = self._library.dspark_grow
+        self.grow.restype = None
+        self.grow.argtypes = [place, number]
         self._work_floats = self._library.dspark_work_floats
         self._work_floats.restype = ctypes.c_int64
         self._work_floats.argtypes = [ctypes.c_void_p, *(4 * [ctypes.c_int64])]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_float, c_int64, c_void_p
+from ctypes import c_double, c_float, c_int64, c_void_p
 
 from torch import Tensor
 
@@ -15,10 +15,13 @@ __all__ = [
     "TREE",
     "Branches",
     "Context",
+    "Growing",
+    "Grown",
     "Layer",
     "Matrix",
     "Model",
     "Piece",
+    "Rating",
     "Span",
     "Step",
     "address",
@@ -165,6 +168,53 @@ class Branches(ctypes.Structure):
         ("column", c_void_p),
         ("value", c_void_p),
         ("log_sum", c_void_p),
+    )
+
+
+class Rating(ctypes.Structure):
+    """A survival map (kernels/grow.h)."""
+
+    _fields_ = tuple(
+        (name, c_void_p) for name in ("bias", "share", "confidence", "depth", "temperature")
+    )
+
+
+class Grown(ctypes.Structure):
+    """One request's draft tree (kernels/grow.h)."""
+
+    _fields_ = (
+        *(
+            (name, c_int64)
+            for name in ("block", "budget", "depth", "width", "most", "beams", "anchor", "room")
+        ),
+        ("min_survival", c_double),
+        ("temperature", c_float),
+        ("noise", c_void_p),
+        ("rating", c_void_p),
+        ("count", c_int64),
+        ("token", c_void_p),
+        ("parent", c_void_p),
+        ("level", c_void_p),
+        ("survival", c_void_p),
+    )
+
+
+class Growing(ctypes.Structure):
+    """Trees behind blocks (kernels/grow.h)."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("requests", "columns", "depths", "threads", "rank")),
+        ("grown", c_void_p),
+        ("bias", Matrix),
+        ("first", c_void_p),
+        ("is_half", c_int64),
+        ("base", c_void_p),
+        ("ids", c_void_p),
+        ("sure", c_void_p),
+        ("sure_of_token", c_void_p),
+        ("rows", c_int64),
+        ("latent", c_void_p),
+        ("logits", c_void_p),
     )
 
 

@@ -90,12 +90,14 @@ struct BranchStep {
       Product{b.bias, b.latent, b.rows, b.logits, b.columns, rounding, false}.run(me);
       meeting.wait(me.count);
     }
-    for (int64_t r = me.index; r < b.rows; r += me.count) {
-      const float top = shape(r);
-      if (b.noise[r]) perturb(r);
-      find(r, top);
-    }
+    for (int64_t r = me.index; r < b.rows; r += me.count) row(r);
     meeting.wait(me.count);
+  }
+
+  void row(int64_t r) const {
+    const float top = shape(r);
+    if (b.noise[r]) perturb(r);
+    find(r, top);
   }
 
   // A float at `i` of a row, and a vector; the last one of a row may be short.

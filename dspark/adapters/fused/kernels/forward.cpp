@@ -14,6 +14,7 @@
 
 #include "attention.h"
 #include "draft.h"
+#include "grow.h"
 #include "products.h"
 #include "threads.h"
 
@@ -262,6 +263,14 @@ void dspark_branches(const Branches* branches, int64_t is_rounded) {
   rounding.is_rounded = is_rounded;
   const BranchStep step{*branches, rounding, {}};
   in_threads(branches->threads, [&](Worker me) { step.run(me); });
+}
+
+// Whole trees; as dspark_branches.
+void dspark_grow(const Growing* growing, int64_t is_rounded) {
+  Model rounding{};
+  rounding.is_rounded = is_rounded;
+  const GrowStep step{*growing, rounding};
+  in_threads(growing->threads, [&](Worker me) { step.run(me); });
 }
 
 // out [rows, outputs] = x [rows, inputs] @ W + bias, rounded to bfloat16 once if `is_rounded`.
