@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from dspark.active import ActiveRequest, Phase
 from dspark.admission import Admission
-from dspark.draft.base import Drafter
+from dspark.draft.base import Drafter, SavesTime
 from dspark.draft.none import NoDrafter
 from dspark.engine_config import EngineConfig, priorities
 from dspark.engine_stats import EngineStats
@@ -90,6 +90,8 @@ class Engine:
         self._drafter: Drafter = NoDrafter() if drafter is None else drafter
         self._codec = codec
         self._config = EngineConfig() if config is None else config
+        if isinstance(self._drafter, SavesTime):
+            self._drafter.saves_time = self._config.auto_off
         self._defaults = dict(sampling_defaults or {})
         self._cache = target.new_cache(memory_limit=self._config.memory_limit)
         self._schedule = Schedule.parse(self._config.schedule)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from dspark.verify.constraint import AllowedAfter
 
-__all__ = ["DraftContext", "Drafter", "Observer"]
+__all__ = ["DraftContext", "Drafter", "Observer", "SavesTime"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -97,3 +97,14 @@ class Observer(Protocol):
     def observe(self, contexts: Sequence[DraftContext]) -> None:
         """Take in the features of these contexts, and propose nothing."""
         ...
+
+
+@runtime_checkable
+class SavesTime(Protocol):
+    """A drafter that can leave out work of its own that has not paid.
+
+    Attributes:
+        saves_time: Whether it does. An engine that switches off what does not pay sets it.
+    """
+
+    saves_time: bool

@@ -10,10 +10,12 @@ round: the first if it is confident of its first token, which must follow from t
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dspark.draft.base import DraftContext, Drafter, Observer
+from dspark.draft.base import DraftContext, Drafter, Observer, SavesTime
+from dspark.draft.gate import SecondGate
 from dspark.errors import ConfigError
 from dspark.request import Rule
 from dspark.tree import POINT_MASS, Proposal
@@ -71,6 +73,23 @@ class CombinedDrafter:
         parts = [d.leaves if isinstance(d, CombinedDrafter) else 1 for d in (first, second)]
         self._offset = parts[0] * _ROUND_OFFSET
         self.leaves = sum(parts)
+        self._saves_time = False
+        self._gate = SecondGate()
+
+    @property
+    def saves_time(self) -> bool:
+        """Whether the second is left out of rounds in which it has not paid.
+
+        Rules that draw from laws always ask both. See `dspark.draft.base.SavesTime`.
+        """
+        return self._saves_time
+
+    @saves_time.setter
+    def saves_time(self, value: bool) -> None:
+        self._saves_time = value
+        for drafter in (self._first, self._second):
+            if isinstance(drafter, SavesTime):
+                drafter.saves_time = value
 
     @property
     def name(self) -> str:
@@ -92,17 +111,27 @@ class CombinedDrafter:
             One proposal each, within the request's budget, depth and width; `source` names the
             drafter of every node.
         """
+        if self.saves_time:
+            self._gate.follow([c.request_id for c in contexts], [c.tokens for c in contexts])
         firsts = self._first.propose([self._for_first(context) for context in contexts])
         asked = [i for i, context in enumerate(contexts) if self._needs_second(context, firsts[i])]
         if isinstance(self._second, Observer):
             left_out = set(range(len(contexts))).difference(asked)
             self._second.observe([contexts[i] for i in sorted(left_out)])
         rest = [self._for_second(contexts[i], firsts[i]) for i in asked]
+        start = time.perf_counter()
         seconds = dict(zip(asked, self._second.propose(rest) if rest else [], strict=True))
-        return [
+        if rest:
+            self._gate.took(time.perf_counter() - start, len(rest))
+        united = [
             self._unite(context, first, seconds.get(i))
             for i, (context, first) in enumerate(zip(contexts, firsts, strict=True))
         ]
+        if self.saves_time:
+            for i in asked:
+                first, both = firsts[i].tree, united[i].tree
+                self._gate.note(contexts[i].request_id, len(contexts[i].tokens), first, both)
+        return united
 
     @property
     def weights(self) -> str:
@@ -120,6 +149,7 @@ class CombinedDrafter:
         """Forget a request; unknown ids are ignored."""
         self._first.release(request_id)
         self._second.release(request_id)
+        self._gate.release(request_id)
 
     def _for_first(self, context: DraftContext) -> DraftContext:
         if context.rule is not Rule.REJECTION or context.budget < 2:
@@ -139,6 +169,8 @@ class CombinedDrafter:
         tree = first.tree
         if context.rule is Rule.REJECTION:
             return tree.num_nodes < context.budget
+        if not context.rule.draws_from_laws and self.saves_time:
+            return self._gate.asks(tree)
         if context.rule is not Rule.BLOCK or not tree.num_nodes:
             return True
         # A drawn chain may not be set aside for what was drawn.

@@ -1,0 +1,154 @@
+"""Whether a second drafter is worth asking, learnt from what it would have added.
+
+The tokens that followed tell afterwards how far each drafter's tree went: what the second one added
+in a round is what the united tree matched beyond the first one's. It adds much where the first is
+at a loss and little where it is sure, so its gain is kept by how sure the first one was of the next
+token. It is asked where that gain is worth more than the tokens the engine makes in the time it
+takes. Nothing of this shows in the text: whom a gate asks follows from tokens that are certain
+already and from clocks.
+
+Letters: S survival of the first drafter's candidates for the next token together.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from dspark.tree import DraftTree
+
+__all__ = ["SecondGate"]
+
+_EDGES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.8, 0.9, 0.96)
+"""Where one class of S ends and the next begins."""
+
+_FIRST_TRIES = 8
+"""Rounds of a class in which it is asked before there is an opinion."""
+
+_EVERY = 16
+"""One round in so many it is asked all the same, lest an opinion be for ever."""
+
+_MEMORY = 200.0
+"""Rounds of a class that its mean goes back to."""
+
+_SPEED_MEMORY = 0.05
+"""Weight of the newest round in means of seconds."""
+
+_LIKELY = 0.1
+"""Survival below which a node is not counted on: a scheduler would hardly verify it."""
+
+
+class _Class:
+    """What the second drafter added where the first was about so sure."""
+
+    __slots__ = ("count", "gain", "passed")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.gain = 0.0
+        self.passed = 0
+
+    def learn(self, gain: float) -> None:
+        self.count += 1
+        self.gain += (gain - self.gain) / min(self.count, _MEMORY)
+
+
+class _Round:
+    """What was offered for a request, until the next context shows what followed."""
+
+    __slots__ = ("first", "kind", "size", "united")
+
+    def __init__(self, size: int, kind: _Class, first: DraftTree, united: DraftTree) -> None:
+        self.size = size
+        self.kind = kind
+        self.first = first
+        self.united = united
+
+
+class SecondGate:
+    """Decides for each request of a round whether the second drafter is asked.
+
+    Args:
+        clock: Seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._classes = [_Class() for _ in range(len(_EDGES) + 1)]
+        self._rounds: dict[int, _Round] = {}
+        self._sizes: dict[int, int] = {}
+        self._last: float | None = None
+        self._rate = 0.0  # tokens a second
+        self._seconds = 0.0  # that one more request takes of the second drafter
+
+    def follow(self, request_ids: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
+        """Learn from what came of the last round.
+
+        Args:
+            request_ids: Requests of this round.
+            tokens: Prompt and output so far of each.
+        """
+        now, grown = self._clock(), 0
+        for request_id, text in zip(request_ids, tokens, strict=True):
+            known = self._sizes.get(request_id)
+            grown += 0 if known is None else max(0, len(text) - known)
+            self._sizes[request_id] = len(text)
+            done = self._rounds.pop(request_id, None)
+            if done is not None and done.size < len(text):
+                after = text[done.size :]
+                one = _matched(done.first, after)
+                both = _matched(done.united, after)
+                done.kind.learn(max(0, both - one))
+        if self._last is not None and grown and now > self._last:
+            self._rate = _mean(self._rate, grown / (now - self._last))
+        self._last = now
+
+    def asks(self, tree: DraftTree) -> bool:
+        """Whether to ask the second drafter beside such a tree of the first."""
+        kind = self._kind(tree)
+        if kind.count < _FIRST_TRIES or kind.gain > self._seconds * self._rate:
+            return True
+        kind.passed += 1
+        return kind.passed % _EVERY == 0
+
+    def took(self, seconds: float, requests: int) -> None:
+        """Note how long the second drafter took for some requests."""
+        self._seconds = _mean(self._seconds, seconds / requests)
+
+    def note(self, request_id: int, size: int, first: DraftTree, united: DraftTree) -> None:
+        """Remember what both drafters offered behind `size` tokens."""
+        self._rounds[request_id] = _Round(size, self._kind(first), first, united)
+
+    def release(self, request_id: int) -> None:
+        """Forget a request; unknown ids are ignored."""
+        self._rounds.pop(request_id, None)
+        self._sizes.pop(request_id, None)
+
+    def _kind(self, tree: DraftTree) -> _Class:
+        sure = 0.0
+        for parent, survival in zip(tree.parent.tolist(), tree.survival.tolist(), strict=True):
+            if parent < 0:
+                sure += survival
+        return self._classes[sum(sure >= edge for edge in _EDGES)]
+
+
+def _mean(mean: float, value: float) -> float:
+    return value if mean == 0 else mean + _SPEED_MEMORY * (value - mean)
+
+
+def _matched(tree: DraftTree, tokens: Sequence[int]) -> int:
+    """How many of these tokens a path of the tree begins with, unlikely nodes left out."""
+    place = {
+        (parent, token): node
+        for node, (parent, token, survival) in enumerate(
+            zip(tree.parent.tolist(), tree.token.tolist(), tree.survival.tolist(), strict=True)
+        )
+        if survival >= _LIKELY
+    }
+    node, count = -1, 0
+    for token in tokens:
+        node = place.get((node, token), -2)
+        if node < 0:
+            break
+        count += 1
+    return count
