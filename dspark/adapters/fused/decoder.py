@@ -83,6 +83,11 @@ class FusedDecoder:
         kinds = {item.kind for item in packed[:-1]}
         self.stored = KINDS[min(KINDS.index(kind) for kind in kinds)]
         self._work = torch.empty(0)
+        self._work_for: tuple[int, ...] = (0, 0, 0, 0)
+        self._no_capture = (ctypes.c_void_p * len(layers))()
+        self._table = _table_of(parts.embedding)
+        self._reach = 0
+        self._pointers = (ctypes.c_void_p * len(self._rope_keys))()
 
     def _pack_layer(self, layer: LayerParts, lanes: int, quant: str) -> structures.Layer:
         matrices = (
@@ -131,18 +136,23 @@ class FusedDecoder:
             {layer: [N, D]} in that dtype.
         """
         n, outputs = batch.num_rows, len(batch.output_rows)
-        x = self.embed(torch.from_numpy(batch.token_ids))
-        kept = {-1: x} if -1 in wanted else {}
-        x = x.to(torch.float32, copy=True).contiguous()
+        kept: dict[int, Tensor] = {}
+        if self._table is None or -1 in wanted:
+            kept[-1] = self.embed(torch.from_numpy(batch.token_ids))
+            x = kept[-1].to(torch.float32, copy=True).contiguous()
+        else:
+            x = torch.from_numpy(_widened(self._table, batch.token_ids))
         for layer in wanted:
             if 0 <= layer < self.num_layers:
                 kept[layer] = torch.empty_like(x)
         normed = torch.empty_like(x)
         logits = torch.empty(outputs, self.head.outputs)
         spans, pieces, columns = _places(batch, cache)
-        capture = (ctypes.c_void_p * self.num_layers)(
-            *(structures.address(kept.get(layer)) for layer in range(self.num_layers))
-        )
+        capture = self._no_capture
+        if kept:
+            capture = (ctypes.c_void_p * self.num_layers)(
+                *(structures.address(kept.get(layer)) for layer in range(self.num_layers))
+            )
         tables = self._tables(int(batch.positions.max()) + 1)
         arrays = [_int64(a) for a in (batch.positions, batch.parent, batch.output_rows)]
         threads = torch.get_num_threads()
@@ -164,7 +174,7 @@ class FusedDecoder:
         self._library.forward(ctypes.addressof(self._model), ctypes.addressof(step))
         if self.num_layers in wanted:
             kept[self.num_layers] = normed
-        return logits, {k: v.to(self.dtype) for k, v in kept.items()}
+        return logits, {k: kept[k].to(self.dtype) for k in wanted}
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Normed hidden states [n, D] -> logits, float32 [n, V] rounded to the model's dtype."""
@@ -183,25 +193,25 @@ class FusedDecoder:
 
     def _room(self, rows: int, outputs: int, columns: int, threads: int) -> int:
         """Address of enough working memory, kept from call to call."""
-        floats = self._library.work_floats(
-            ctypes.addressof(self._model), rows, outputs, columns, threads
-        )
-        if self._work.numel() < floats:
-            self._work = torch.empty(floats + floats // 4)
+        sizes = (rows, outputs, columns, threads)
+        if any(size > room for size, room in zip(sizes, self._work_for, strict=True)):
+            # A quarter more columns, which grow by the round.
+            room = [max(pair) for pair in zip(sizes, self._work_for, strict=True)]
+            room[2] += room[2] // 4
+            floats = self._library.work_floats(ctypes.addressof(self._model), *room)
+            self._work, self._work_for = torch.empty(floats), tuple(room)
         return self._work.data_ptr()
 
     def _tables(self, positions: int) -> ctypes.Array[ctypes.c_void_p]:
         """Rotary tables that reach at least so many positions, one address per key."""
-        pointers = []
-        for key in self._rope_keys:
-            table = self._rope.get(key)
-            while table is None or table.shape[0] < positions:
-                have = 0 if table is None else table.shape[0]
-                more = self._rotate(key, have, max(_LEAST_POSITIONS, 2 * have))
-                table = more if table is None else torch.cat([table, more])
-                self._rope[key] = table
-            pointers.append(table.data_ptr())
-        return (ctypes.c_void_p * len(pointers))(*pointers)
+        while self._reach < positions:
+            reach = max(_LEAST_POSITIONS, 2 * self._reach)
+            for place, key in enumerate(self._rope_keys):
+                more = self._rotate(key, self._reach, reach)
+                table = torch.cat([self._rope[key], more]) if self._reach else more
+                self._rope[key], self._pointers[place] = table, table.data_ptr()
+            self._reach = reach
+        return self._pointers
 
     def _rotate(self, key: str, start: int, stop: int) -> Tensor:
         """Cosines and sines of positions start .. stop - 1: [stop - start, 2, d / 2]."""
@@ -209,6 +219,27 @@ class FusedDecoder:
         parts = self._rotary(torch.zeros(1, dtype=self.dtype), ids, key)
         halves = [part[0, :, : self._head_dim // 2].float() for part in parts]
         return torch.stack(halves, dim=1).contiguous()
+
+
+def _table_of(embedding: nn.Module) -> np.ndarray | None:
+    """An embedding's rows, bfloat16 as words; None where it does more than look them up."""
+    if type(embedding) is not nn.Embedding:
+        return None
+    weight = embedding.weight.detach()
+    if weight.dtype == torch.bfloat16:
+        words: np.ndarray = weight.view(torch.int16).numpy().view(np.uint16)
+        return words
+    return weight.numpy() if weight.dtype == torch.float32 else None
+
+
+def _widened(table: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Rows of a table in float32; torch takes ten times as long for a few of them."""
+    rows: np.ndarray = table[ids]
+    if rows.dtype != np.float32:
+        wide = rows.astype(np.uint32)
+        wide <<= 16
+        rows = wide.view(np.float32)
+    return rows
 
 
 def _places(
