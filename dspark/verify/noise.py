@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dspark.errors import CapabilityError, ConfigError, ShapeError
+from dspark.verify.noise_native import noise_library
 
 __all__ = [
     "MAX_GUMBEL",
@@ -70,6 +71,7 @@ _CACHED_VECTORS = 64  # 12 MiB at V = 49 152, 64 MiB at V = 262 144
 _NOISE_ERROR = 1e-4
 _ROUNDING = 2.0**-22
 _CLAMP = np.float32(1 - 2.0**-10)
+_LARGE = 1000.0  # perturbed values up to which the kernels' slack is enough
 
 
 class Stream(IntEnum):
@@ -222,6 +224,11 @@ def _approximate_gumbel(state: int, size: int) -> HalfArray:
     Larger w are clamped, which overestimates values under -1.93; that is the safe direction.
     """
     words = _vocabulary_words(size)
+    library = noise_library() if size > _NARROW else None
+    if library is not None:
+        made = library.vector(words, state)
+        made.flags.writeable = False
+        return made
     out = np.empty(size, dtype=np.float32)
     for start in range(0, size, _CHUNK):
         bits = _mix_array(words[start : start + _CHUNK] ^ np.uint64(state))
@@ -257,6 +264,9 @@ def _floor(values: HalfArray, m: int) -> float:
 
 def _best(row: HalfArray, state: int, m: int) -> tuple[IntArray, FloatArray]:
     """Find the m largest perturbed values of one row [V]; fewer if fewer are finite."""
+    found = _best_natively(row, state, m)
+    if found is not None:
+        return found
     is_finite = row > -np.inf
     if np.count_nonzero(is_finite) <= max(_SPARSE, 4 * m):
         ids, values = _ranked(row, state, np.flatnonzero(is_finite))
@@ -273,6 +283,22 @@ def _best(row: HalfArray, state: int, m: int) -> tuple[IntArray, FloatArray]:
     if safe < floor:
         ids, values = _ranked(row, state, np.flatnonzero(approximate >= safe))
     return ids[:m], values[:m]
+
+
+def _best_natively(row: HalfArray, state: int, m: int) -> tuple[IntArray, FloatArray] | None:
+    """As `_best`, in one pass of the kernels; None where that settles nothing."""
+    library = noise_library()
+    if library is None:
+        return None
+    noise = _approximate_gumbel(state, row.shape[0])
+    slack = 2 * (_NOISE_ERROR + _ROUNDING * (_LARGE + MAX_GUMBEL))
+    found = library.candidates(row, noise, m, slack)
+    if found is None or abs(found[1]) > _LARGE:
+        return None
+    ids, values = _ranked(row, state, found[0])
+    reach = max(abs(float(values[m - 1])), abs(float(values[0]))) + 1.0
+    safe = float(values[m - 1]) - _NOISE_ERROR - _ROUNDING * reach  # as in `_best`
+    return (ids[:m], values[:m]) if safe >= found[1] - slack else None
 
 
 def _narrow_best(rows: HalfArray, states: Sequence[int], m: int) -> tuple[IntArray, FloatArray]:

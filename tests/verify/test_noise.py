@@ -28,6 +28,16 @@ from dspark.verify.noise import (
 KEY = NoiseKey(1234, 5)
 
 
+@pytest.fixture(params=["kernels", "numpy"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways of making wide noise; the tests that do not ask for it take the kernels."""
+    monkeypatch.setenv("DSPARK_PATH", "plain" if request.param == "numpy" else "auto")
+    if request.param == "kernels" and noise.noise_library() is None:
+        pytest.skip("no C++ compiler")
+    noise._approximate_gumbel.cache_clear()
+    return str(request.param)
+
+
 def to_uniform(g: np.ndarray) -> np.ndarray:
     return np.exp(-np.exp(-g))
 
@@ -106,6 +116,7 @@ def test_neighbouring_names_and_streams_give_uncorrelated_vectors() -> None:
             assert abs(r) < 5 / math.sqrt(len(ids))
 
 
+@pytest.mark.usefixtures("path")
 def test_the_approximation_is_within_its_bound() -> None:
     """The bound is one-sided: clamped values may only be too large."""
     size = 100_000
@@ -118,6 +129,7 @@ def test_the_approximation_is_within_its_bound() -> None:
 
 @pytest.mark.parametrize("size", [1, 5, 512, 513, 5000, 49_152])
 @pytest.mark.parametrize("scale", [0.0, 1e-6, 1.0, 30.0, 1e5])
+@pytest.mark.usefixtures("path")
 def test_topk_is_the_brute_force_one(size: int, scale: float) -> None:
     for seed in range(3):
         rows = torch.randn(2, size, generator=torch.Generator().manual_seed(seed)) * scale
@@ -133,6 +145,7 @@ def test_topk_is_the_brute_force_one(size: int, scale: float) -> None:
 
 
 @pytest.mark.parametrize("m", [1, 2, 7, 40, 3000])
+@pytest.mark.usefixtures("path")
 def test_topk_is_exact_where_the_perturbed_values_nearly_tie(m: int) -> None:
     """Logits that cancel the noise to float32 leave the order to the last bits."""
     size = 3000
@@ -145,6 +158,7 @@ def test_topk_is_exact_where_the_perturbed_values_nearly_tie(m: int) -> None:
         assert np.array_equal(values[0].numpy(), want_values)
 
 
+@pytest.mark.usefixtures("path")
 def test_topk_is_exact_where_a_token_with_very_low_noise_leads() -> None:
     size = 20_000
     g = gumbel(KEY, 0, np.arange(size))
@@ -171,6 +185,7 @@ def test_narrow_and_wide_rows_take_the_same_values(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("size", [20, 5000])
+@pytest.mark.usefixtures("path")
 def test_removed_tokens_are_never_chosen(size: int) -> None:
     row = torch.full((1, size), -math.inf)
     row[0, [3, 11]] = torch.tensor([-1000.0, 2.0])
@@ -188,6 +203,66 @@ def test_equal_values_go_to_the_lowest_id(monkeypatch: pytest.MonkeyPatch) -> No
     for size in (50, 5000):
         ids, _ = perturbed_topk(torch.zeros(1, size), [KEY], [0], 3)
         assert ids[0].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("size", [513, 1000, 4099, 49_152])
+@pytest.mark.parametrize("m", [1, 3, 64, 65])
+def test_both_paths_find_the_same(size: int, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.randn(6, size, generator=torch.Generator().manual_seed(m)) * torch.tensor(
+        [[0.01], [1.0], [4.0], [20.0], [3e4], [1.0]]
+    )
+    rows[
+        5, torch.randperm(size, generator=torch.Generator().manual_seed(0))[: size // 2]
+    ] = -torch.inf
+    keys, positions = [NoiseKey(s) for s in range(6)], list(range(6))
+    found = []
+    for path in ("plain", "auto"):
+        monkeypatch.setenv("DSPARK_PATH", path)
+        noise._approximate_gumbel.cache_clear()
+        found.append(perturbed_topk(rows, keys, positions, m))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_the_kernels_noise_is_within_its_bound_at_both_ends() -> None:
+    """Words whose hash is a given number: the finaliser can be run backwards."""
+    library = noise.noise_library()
+    if library is None:
+        pytest.skip("no C++ compiler")
+    units = [0, 1, 2, 3, 1000, 2**20, 2**33, *(2**k - 1 for k in range(34, 54)), 2**53 - 2**42]
+    units += [int(f * 2**53) for f in (0.0199999, 0.02, 0.0200001, 0.3, 0.5, 0.7, 0.999)]
+    words = np.array([_unmixed(unit << 11) for unit in units], dtype=np.uint64)
+    exact = noise._to_gumbel(np.array(units, dtype=np.uint64) << np.uint64(11))
+    gap = exact - library.vector(words, 0)
+    assert gap.max() < 2e-5
+    assert gap[exact > -1.9].min() > -2e-5
+
+
+def _unmixed(word: int) -> int:
+    """What SplitMix64's finaliser makes `word` of."""
+    mask = (1 << 64) - 1
+    for shift, factor in ((31, 0x94D049BB133111EB), (27, 0xBF58476D1CE4E5B9), (30, 1)):
+        back = word
+        for _ in range(3):
+            back = word ^ (back >> shift)
+        word = back * pow(factor, -1, 1 << 64) & mask
+    return word
+
+
+def test_rows_that_are_no_numbers_are_left_to_numpy() -> None:
+    library = noise.noise_library()
+    if library is None:
+        pytest.skip("no C++ compiler")
+    row, zero = np.zeros(1000, np.float32), np.zeros(1000, np.float32)
+    assert library.candidates(row, zero, 1, 0.1) is not None
+    for place in (0, 500, 999):
+        row[place] = np.nan
+        assert library.candidates(row, zero, 1, 0.1) is None
+        row[place] = 0
+    assert (
+        library.candidates(np.full(9000, 1.0, np.float32), np.zeros(9000, np.float32), 1, 0) is None
+    )
+    assert library.candidates(np.full(1000, -np.inf, np.float32), zero, 1, 0.1) is None
 
 
 def test_drafts_and_target_draws_use_their_own_streams() -> None:
