@@ -86,6 +86,7 @@ class CombinedDrafter:
 
     @saves_time.setter
     def saves_time(self, value: bool) -> None:
+        """Say so, to the parts as well."""
         self._saves_time = value
         for drafter in (self._first, self._second):
             if isinstance(drafter, SavesTime):
