@@ -37,6 +37,7 @@ from dspark.verify import sampling
 
 __all__ = ["DSparkDrafter", "DSparkDrafterConfig"]
 
+_MOST_WAITING = 64  # positions of a request whose hidden states wait to be taken in
 _TAIL = 16  # tokens compared to see that a context still extends what was seen
 
 
@@ -53,6 +54,26 @@ class DSparkDrafterConfig(GrowthConfig):
     """
 
     beams: int = 3
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Arrival:
+    """Hidden states that came for a request.
+
+    Attributes:
+        request_id: Whose.
+        tokens: All tokens before the anchor.
+        rows: [n, layers * Dt], hidden states of the last n of them; None for none.
+    """
+
+    request_id: int
+    tokens: Sequence[int]
+    rows: Tensor | None
+
+    @property
+    def start(self) -> int:
+        """The first new position."""
+        return len(self.tokens) - (0 if self.rows is None else int(self.rows.shape[0]))
 
 
 class _Job:
@@ -147,6 +168,7 @@ class DSparkDrafter:
         head = module.markov_head
         self._reads_hidden = head is not None and head.reads_hidden
         self._caches: dict[int, ContextCache] = {}
+        self._waiting: dict[int, _Arrival] = {}
         self._warn = WarnOnce(name)
 
     @property
@@ -189,7 +211,7 @@ class DSparkDrafter:
         Returns:
             One proposal each.
         """
-        self._follow(contexts)
+        self._follow([self._arrived(context) for context in contexts])
         jobs: dict[int, _Job] = {}
         for place, context in enumerate(contexts):
             cache = self._caches[context.request_id]
@@ -212,32 +234,54 @@ class DSparkDrafter:
 
     @torch.inference_mode()
     def observe(self, contexts: Sequence[DraftContext]) -> None:
-        """Take in hidden states without drafting; see `dspark.draft.base.Observer`."""
-        self._follow(contexts)
+        """Keep hidden states until there is something to draft; see `dspark.draft.base.Observer`.
+
+        A few rows cost as much to take in as many, so rounds without drafts leave it to the next
+        one that has some, or to the round in which `_MOST_WAITING` would be exceeded.
+        """
+        many = []
+        for context in contexts:
+            new = self._arrived(context)
+            if new.rows is not None and new.rows.shape[0] < _MOST_WAITING:
+                self._waiting[context.request_id] = new
+            else:
+                many.append(new)
+        self._follow(many)
 
     def release(self, request_id: int) -> None:
         """Forget a request; unknown ids are ignored."""
         self._caches.pop(request_id, None)
+        self._waiting.pop(request_id, None)
 
     # -- context ------------------------------------------------------------------------------
 
-    def _follow(self, contexts: Sequence[DraftContext]) -> None:
+    def _follow(self, arrivals: Sequence[_Arrival]) -> None:
         """Bring every request's cache in step with its context."""
         ready: list[NewRows] = []
         lacking: list[NewRows] = []
-        for context in contexts:
-            size = len(context.tokens) - 1
-            features = self._features(context, size)
-            start = size - (0 if features is None else int(features.shape[0]))
-            cache = self._aligned(context, start)
-            if features is not None:
-                place = ready if cache.length == start else lacking
-                place.append((cache, context.tokens[:size], features))
+        for new in arrivals:
+            cache = self._aligned(new)
+            if new.rows is not None:
+                place = ready if cache.length == new.start else lacking
+                place.append((cache, new.tokens, new.rows))
         if ready:
             self.runner.take(ready)
         for cache, tokens, features in lacking:  # a donor may be among the ready ones
             self._bridge(cache, tokens[: len(tokens) - features.shape[0]])
             self.runner.take([(cache, tokens, features)])
+
+    def _arrived(self, context: DraftContext) -> _Arrival:
+        """What a context brings, behind what waits of its request."""
+        size = len(context.tokens) - 1
+        rows = self._features(context, size)
+        waiting = self._waiting.pop(context.request_id, None)
+        if waiting is not None and waiting.rows is not None:
+            start = size - (0 if rows is None else int(rows.shape[0]))
+            if len(waiting.tokens) == start:
+                rows = waiting.rows if rows is None else torch.cat([waiting.rows, rows])
+            else:  # positions come again, or some are missing
+                self._follow([waiting])
+        return _Arrival(context.request_id, context.tokens[:size], rows)
 
     def _features(self, context: DraftContext, size: int) -> Tensor | None:
         """Captured hidden states side by side, [n, layers * Dt]; of the last `size` positions."""
@@ -247,19 +291,19 @@ class DSparkDrafter:
         joined = torch.cat([given[layer].to(self._device) for layer in self.capture], dim=-1)
         return joined[-size:] if joined.shape[0] else None
 
-    def _aligned(self, context: DraftContext, start: int) -> ContextCache:
-        """The request's cache, holding nothing from position `start` on."""
-        cache = self._caches.get(context.request_id)
+    def _aligned(self, new: _Arrival) -> ContextCache:
+        """The request's cache, holding nothing from the first new position on."""
+        cache = self._caches.get(new.request_id)
         if cache is not None:
-            seen = min(cache.length, len(context.tokens))
+            seen = min(cache.length, len(new.tokens))
             tail = slice(max(0, seen - _TAIL), seen)
-            if cache.tokens[tail] != list(context.tokens[tail]):
+            if cache.tokens[tail] != list(new.tokens[tail]):
                 cache = None
         if cache is None:
             cache = self.runner.new_cache()
         # A recomputed request brings positions again that the cache holds already.
-        cache.truncate(start)
-        self._caches[context.request_id] = cache
+        cache.truncate(new.start)
+        self._caches[new.request_id] = cache
         return cache
 
     def _bridge(self, cache: ContextCache, tokens: Sequence[int]) -> None:

@@ -333,6 +333,37 @@ def test_observing_keeps_the_context_whole(given):
     assert paths_of(tree) == paths_of(DSparkDrafter(module).propose([given(14)])[0].tree)
 
 
+@pytest.mark.parametrize(
+    "steps",
+    [
+        ((10, 9), (12, 2), (13, 1), (17, 4)),  # piece by piece
+        ((10, 9), (90, 80), (95, 5)),  # more than may wait
+        ((10, 9), (14, 4), (14, 13), (16, 2)),  # run again from the beginning
+        ((10, 9), (14, 4), (16, 8)),  # run again in part
+        ((10, 9), (14, 4), (14, 0), (16, 2)),  # a call that brings nothing
+    ],
+)
+def test_what_waits_is_taken_in_with_the_next_draft(given, monkeypatch, steps):
+    module, sizes = make_module(), []
+    drafter = DSparkDrafter(module)
+    take = drafter.runner.take
+
+    def counted(parts):
+        sizes.extend(len(rows) for _, _, rows in parts)
+        take(parts)
+
+    monkeypatch.setattr(drafter.runner, "take", counted)
+    *before, (size, new) = steps
+    for length, rows in before:
+        drafter.observe([given(length, new=rows)])
+    tree = drafter.propose([given(size, new=new)])[0].tree
+    assert paths_of(tree) == paths_of(DSparkDrafter(module).propose([given(size)])[0].tree)
+    assert len(sizes) <= 2
+    drafter.observe([given(size + 1, new=1)])
+    drafter.release(0)
+    assert not drafter._waiting
+
+
 def test_a_combined_drafter_that_skips_the_second_still_feeds_it(given, make_context):
     class Sure(LookupDrafter):
         def propose(self, contexts):
