@@ -6,9 +6,9 @@ The target answers every prompt greedily, once, and gives the hidden states of p
 Then rounds are replayed along each answer with every draft as torch runs it ("float"), packed
 without rounding ("none") and rounded to int8, in turn: a drafted path counts as far as it is the
 answer's own, as verification would find. Time is CPU time of the process, so that other work on
-the machine does not count, or the clock's with --wall. tau is tokens per round; its ratio to float has a 95 % interval from
-drawing prompts anew. Before that single layers are timed, stock and int8. The last line is one JSON
-object.
+the machine does not count, or the clock's with --wall. tau is tokens per round; its ratio to float
+has a 95 % interval from drawing prompts anew. Before that single layers are timed, stock and int8.
+The last line is one JSON object.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from dspark.adapters.fused.library import load_library
 from dspark.base_model.native_experts import load_kernels
 from dspark.draft import native_lookup
 from dspark.folders import cache_root
+from dspark.verify import noise_native
 
 
 def main() -> None:
@@ -20,6 +21,7 @@ def main() -> None:
         "decoder": lambda: load_library(folder),
         "experts": lambda: load_kernels(folder),
         "lookup": native_lookup.load_library,
+        "noise": noise_native.load_library,
     }
     for name, load in libraries.items():
         try:

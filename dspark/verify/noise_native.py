@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dspark import native
 from dspark.folders import cache_root
 
-__all__ = ["NoiseLibrary", "noise_library"]
+__all__ = ["NoiseLibrary", "load_library", "noise_library"]
 
 logger = logging.getLogger(__name__)
 
@@ -93,11 +93,26 @@ def noise_library() -> NoiseLibrary | None:
     return _load(os.environ.get("CXX"))
 
 
+def load_library(compiler: str | None = None) -> NoiseLibrary:
+    """Load the kernels, compiling them if this machine has not done so yet.
+
+    Args:
+        compiler: Name of the C++ compiler; None takes $CXX, else g++ or clang++.
+
+    Raises:
+        NotCompiled: If there is no compiler, or it fails.
+    """
+    folder = cache_root() / "kernels"
+    try:
+        return NoiseLibrary(native.compile_once(_SOURCES, folder, compiler=compiler))
+    except (OSError, AttributeError) as exc:
+        raise native.NotCompiled(f"the compiled kernels cannot be loaded: {exc}") from exc
+
+
 @functools.cache
 def _load(compiler: str | None) -> NoiseLibrary | None:
     try:
-        folder = cache_root() / "kernels"
-        return NoiseLibrary(native.compile_once(_SOURCES, folder, compiler=compiler))
-    except (native.NotCompiled, OSError, AttributeError) as exc:
+        return load_library(compiler)
+    except native.NotCompiled as exc:
         logger.info("noise is made by numpy: %s", exc)
         return None
