@@ -90,6 +90,10 @@ def calibrate_command(  # noqa: PLR0913 - one parameter per option is how Typer 
     ] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Questions at a time.")] = 1,
+    folds: Annotated[
+        int,
+        typer.Option("--folds", min=2, help="Each judged by a map fitted on the other questions."),
+    ] = 4,
     to_sglang: Annotated[
         str | None,
         typer.Option(
@@ -162,7 +166,7 @@ def calibrate_command(  # noqa: PLR0913 - one parameter per option is how Typer 
         seed=seed,
         batch=batch,
     )
-    run = _Run(engine, asked, seed=seed, batch=batch, is_raw=is_raw)
+    run = _Run(engine, asked, num_folds=folds, seed=seed, batch=batch, is_raw=is_raw)
     is_interrupted = False
     try:
         if from_sglang is not None:
@@ -200,19 +204,15 @@ class _Run:
     Args:
         engine: The target and the draft.
         prompts: The questions.
-        seed: Every question's is derived from it.
-        batch: Questions at a time.
-        is_raw: No chat template.
+        how: Of `dspark.eval.calibrate.measure`.
     """
 
-    def __init__(
-        self, engine: Engine, prompts: PromptSet, *, seed: int, batch: int, is_raw: bool
-    ) -> None:
+    def __init__(self, engine: Engine, prompts: PromptSet, **how: Any) -> None:
         self.entries: list[dict[str, Any]] = []
         self.failed: list[dict[str, Any]] = []
         self._engine = engine
         self._prompts = prompts
-        self._how: dict[str, Any] = {"seed": seed, "batch": batch, "is_raw": is_raw}
+        self._how = how
 
     def measure(self, cell: Cell, report: Callable[[float], None] | None) -> None:
         """Observe a cell and fit its map."""

@@ -1,9 +1,10 @@
 """Calibrating survival: run a draft over prompts, fit its survival maps, judge them, keep them.
 
-Questions are parted into two halves, every other one of each category, and maps are fitted on one
-and judged on the other. What is observed must not be selected by what would be fitted: chains have
-their whole length, trees a fixed budget, and auto-off and trimming are off (`eval_engine`), as are
-maps fitted before.
+Questions are parted into folds, in turn within each category. The map that is kept is fitted on all
+of them; each fold is judged by a map fitted on the others (cross-fitting), so that every question
+judges and none judges a map that saw it. What is observed must not be selected by what would be
+fitted: chains have their whole length, trees a fixed budget, and auto-off and trimming are off
+(`eval_engine`), as are maps fitted before.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from dspark.draft.grow import GrowsTrees, GrowthConfig
 from dspark.engine import Engine
 from dspark.errors import CapabilityError, ConfigError, DataError
 from dspark.eval.calibrate_fit import fit_map, fit_temperatures
-from dspark.eval.calibrate_quality import by_position, by_rank
+from dspark.eval.calibrate_quality import Judged, by_position, by_rank
 from dspark.eval.calibrate_record import Observations, OfferRecorder
 from dspark.eval.prompts import PromptSet, Question
 from dspark.eval.results import write_results
@@ -39,16 +40,18 @@ from dspark.request import Rule, SamplingParams
 from dspark.tree import FloatArray
 
 __all__ = [
+    "FOLDS",
     "Cell",
     "Measured",
     "calibrate",
     "cells_of",
-    "halves",
+    "folds",
     "imported",
     "keep_maps",
     "measure",
 ]
 
+FOLDS = 4
 _TEMPERATURE_DIGITS = 6
 
 
@@ -70,13 +73,11 @@ class Measured:
     """What was observed of a cell.
 
     Attributes:
-        fitted_on: Of the questions to fit on.
-        held_out: Of the others.
+        folds: Of each fold's questions, two or more.
         failed: Questions that failed: id and error.
     """
 
-    fitted_on: Observations
-    held_out: Observations
+    folds: tuple[Observations, ...]
     failed: tuple[dict[str, Any], ...]
 
 
@@ -122,13 +123,15 @@ def cells_of(
     return list(found.values())
 
 
-def halves(prompts: PromptSet) -> tuple[PromptSet, PromptSet]:
-    """The questions to fit on and those to judge on, every other one of each category.
+def folds(prompts: PromptSet, count: int = FOLDS) -> list[PromptSet]:
+    """The questions in folds of like size, each category dealt out to them in turn.
 
-    Categories with an odd number give their odd question to the two in turn.
+    Args:
+        prompts: The questions.
+        count: Folds, >= 2; with fewer questions than that, one question each.
 
     Raises:
-        DataError: If there are fewer than two.
+        DataError: If there are fewer than two questions.
     """
     if len(prompts.questions) < 2:
         raise DataError(f"{prompts.name} has one question, but calibrating needs two or more.")
@@ -136,10 +139,8 @@ def halves(prompts: PromptSet) -> tuple[PromptSet, PromptSet]:
     for question in prompts.questions:
         by_category.setdefault(question.category, []).append(question)
     order = [question for group in by_category.values() for question in group]
-    return (
-        replace(prompts, questions=tuple(order[::2])),
-        replace(prompts, questions=tuple(order[1::2])),
-    )
+    count = min(count, len(order))
+    return [replace(prompts, questions=tuple(order[first::count])) for first in range(count)]
 
 
 @contextmanager
@@ -159,6 +160,7 @@ def measure(
     cell: Cell,
     prompts: PromptSet,
     *,
+    num_folds: int = FOLDS,
     seed: int = 0,
     batch: int = 1,
     is_raw: bool = False,
@@ -170,6 +172,7 @@ def measure(
         engine: The target and the draft.
         cell: The rule, temperature and shape.
         prompts: Two questions or more.
+        num_folds: See `folds`.
         seed: Every question's is derived from it.
         batch: Questions at a time.
         is_raw: No chat template.
@@ -180,7 +183,7 @@ def measure(
 
     Raises:
         CapabilityError: If the draft has no survival that a map could replace.
-        DataError: If nothing was drafted, or there are fewer than two questions.
+        DataError: If too little was drafted, or there are fewer than two questions.
     """
     drafter = engine.drafter
     if not isinstance(drafter, GrowsTrees) or not isinstance(drafter.config, GrowthConfig):
@@ -195,7 +198,7 @@ def measure(
         params = replace(params, tree_budget=params.depth)
     runner = Runner(own, params, seed=seed, is_raw=is_raw)
     seen, failed, done = [], [], 0.0
-    for half in halves(prompts):
+    for fold in folds(prompts, num_folds):
         recorder = OfferRecorder()
         before = done
 
@@ -204,20 +207,20 @@ def measure(
                 on_progress(before + turns)
 
         with _recording(drafter, recorder, is_chain=cell.key.is_chain):
-            records = runner.run(half.questions, on_progress=report)
+            records = runner.run(fold.questions, on_progress=report)
         failed += [
             {"question_id": record.question_id, "error": record.error}
             for record in records
             if record.error is not None
         ]
-        done += half.num_turns
+        done += fold.num_turns
         seen.append(recorder.observations())
-        if not any(family.is_reached for family in seen[-1].families):
-            raise DataError(
-                f"{cell.key.name}: nothing was drafted whose outcome is known.",
-                hint="give more or longer answers: --limit, --max-tokens",
-            )
-    return Measured(fitted_on=seen[0], held_out=seen[1], failed=tuple(failed))
+    if sum(any(family.is_reached for family in part.families) for part in seen) < 2:
+        raise DataError(
+            f"{cell.key.name}: too little was drafted whose outcome is known.",
+            hint="give more or longer answers: --limit, --max-tokens",
+        )
+    return Measured(folds=tuple(seen), failed=tuple(failed))
 
 
 def calibrate(key: CalibrationKey, measured: Measured, *, dataset: str) -> dict[str, Any]:
@@ -232,24 +235,33 @@ def calibrate(key: CalibrationKey, measured: Measured, *, dataset: str) -> dict[
         An entry of the calibration file: rule, temperature, shape, map, sts, and how it was made
         (docs/calibrate.md).
     """
+    whole = Observations.joined(measured.folds)
+    rating, scaling = _fitted(key, whole)
+    judged = []
+    for place, fold in enumerate(measured.folds):
+        others = Observations.joined(measured.folds[:place] + measured.folds[place + 1 :])
+        judged.append(Judged(fold, *_fitted(key, others)))
+    positions = by_position(judged)
     is_drawn = key.rule.draws_from_laws
-    seen, held = measured.fitted_on, measured.held_out
-    rating = fit_map(seen, is_drawn=is_drawn, is_chain=key.is_chain)
-    scaling = None
-    if key.is_chain and seen.has_confidence:
-        scaling = fit_temperatures(seen.paths.confidence, seen.paths.accepted)
-    positions = by_position(held, rating, scaling)
     return {
         **_named(key),
         "map": rating.to_json(),
-        "sts": None if scaling is None else _sts(scaling, positions, seen, dataset),
+        "sts": None if scaling is None else _sts(scaling, positions, whole, dataset),
         "prompts": dataset,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "dspark": dspark.__version__,
-        "rounds": {"fitted_on": seen.rounds, "held_out": held.rounds},
+        "rounds": {"count": whole.rounds, "folds": len(measured.folds)},
         "positions": positions,
-        "ranks": [] if key.is_chain else by_rank(held, rating, is_drawn=is_drawn),
+        "ranks": [] if key.is_chain else by_rank(judged, is_drawn=is_drawn),
     }
+
+
+def _fitted(key: CalibrationKey, seen: Observations) -> tuple[SurvivalMap, FloatArray | None]:
+    """A map, and for chains temperatures of the confidence head alone, if there is one."""
+    rating = fit_map(seen, is_drawn=key.rule.draws_from_laws, is_chain=key.is_chain)
+    if not (key.is_chain and seen.has_confidence):
+        return rating, None
+    return rating, fit_temperatures(seen.paths.confidence, seen.paths.accepted)
 
 
 def imported(key: CalibrationKey, rating: SurvivalMap, sts: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,9 @@ against whether the path was accepted down to there. Four estimates are judged o
     scaled       the same with sequential temperature scaling alone
     fitted       the map
 
+Every round is judged by what was fitted on other questions than its own (`Judged`), and all rounds
+are judged together.
+
 By rank, the children of reached nodes: the chance rho of each against whether it was accepted.
 
 `floor` is what the ECE of a perfect estimate would come to with as many samples
@@ -18,72 +21,107 @@ Letters: N rounds, D depths.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from dspark.draft.calibration import SurvivalMap
 from dspark.eval.calibrate_fit import ece_floor, path_logits, scaled_survival
-from dspark.eval.calibrate_record import Family, Observations
+from dspark.eval.calibrate_record import Family, FirstPaths, Observations
 from dspark.eval.confidence import calibration, ece_of, reliability
 from dspark.tree import FloatArray
 
-__all__ = ["by_position", "by_rank"]
+__all__ = ["Judged", "by_position", "by_rank"]
 
 
-def by_position(
-    seen: Observations, rating: SurvivalMap, scaling: FloatArray | None
-) -> list[dict[str, Any]]:
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """Rounds, and what is judged by them.
+
+    Attributes:
+        seen: Rounds that nothing was fitted on.
+        rating: The map.
+        scaling: Temperatures of the confidence head alone, [D] or longer; None without a head.
+    """
+
+    seen: Observations
+    rating: SurvivalMap
+    scaling: FloatArray | None
+
+    def paths(self) -> dict[str, FloatArray]:
+        """Survival along the paths of first children by each estimate there is, [N, D]."""
+        paths = self.seen.paths
+        depth = paths.accepted.shape[1]
+        found = {
+            "unfitted": paths.survival,
+            "fitted": scaled_survival(path_logits(self.rating, paths), np.ones(depth)),
+        }
+        if self.scaling is not None:
+            held = self.scaling[np.minimum(np.arange(depth), len(self.scaling) - 1)]
+            found["confidence"] = scaled_survival(paths.confidence, np.ones(depth))
+            found["scaled"] = scaled_survival(paths.confidence, held)
+        return found
+
+
+def by_position(judged: Sequence[Judged]) -> list[dict[str, Any]]:
     """Quality along the path of first children.
 
     Args:
-        seen: Held-out rounds.
-        rating: The fitted map.
-        scaling: Temperatures of the confidence head alone, [D] or longer; None without a head.
+        judged: All rounds.
 
     Returns:
         One entry a position: position, count, observed, predicted, ece of the four estimates,
         floor, auroc and brier of the map.
     """
-    paths = seen.paths
-    fitted = scaled_survival(path_logits(rating, paths), np.ones(paths.accepted.shape[1]))
-    estimates = {"unfitted": paths.survival, "fitted": fitted}
-    if scaling is not None:
-        depth = paths.accepted.shape[1]
-        held = scaling[np.minimum(np.arange(depth), len(scaling) - 1)]
-        estimates["confidence"] = scaled_survival(paths.confidence, np.ones(depth))
-        estimates["scaled"] = scaled_survival(paths.confidence, held)
     found = []
-    for column in range(paths.accepted.shape[1]):
-        rows = np.flatnonzero(~np.isnan(paths.accepted[:, column]))
-        outcome = paths.accepted[rows, column]
-        own = fitted[rows, column]
-        judged = calibration(zip(own.tolist(), (outcome > 0).tolist(), strict=True))
+    estimates = [(part.seen.paths, part.paths()) for part in judged]
+    depth = max((paths.accepted.shape[1] for paths, _ in estimates), default=0)
+    for column in range(depth):
+        outcome, own = _column(estimates, column)
+        fitted = own["fitted"]
+        verdict = calibration(zip(fitted.tolist(), (outcome > 0).tolist(), strict=True))
         errors = {
-            name: _ece(estimates[name][rows, column], outcome) if name in estimates else None
+            name: _ece(own[name], outcome) if name in own else None
             for name in ("unfitted", "confidence", "scaled", "fitted")
         }
         found.append(
             {
                 "position": column + 1,
-                "count": judged["count"],
-                "observed": judged["observed"],
-                "predicted": judged["predicted"],
+                "count": verdict["count"],
+                "observed": verdict["observed"],
+                "predicted": verdict["predicted"],
                 "ece": errors,
-                "floor": ece_floor(own),
-                "auroc": judged["auroc"],
-                "brier": judged["brier"],
+                "floor": ece_floor(fitted),
+                "auroc": verdict["auroc"],
+                "brier": verdict["brier"],
             }
         )
     return found
 
 
-def by_rank(seen: Observations, rating: SurvivalMap, *, is_drawn: bool) -> list[dict[str, Any]]:
+def _column(
+    estimates: Sequence[tuple[FirstPaths, dict[str, FloatArray]]], column: int
+) -> tuple[FloatArray, dict[str, FloatArray]]:
+    """Outcomes of a position where they are known, and what all parts have an estimate of."""
+    outcome, own = [], []
+    for paths, found in estimates:
+        if column < paths.accepted.shape[1]:
+            rows = np.flatnonzero(~np.isnan(paths.accepted[:, column]))
+            outcome.append(paths.accepted[rows, column])
+            own.append({name: table[rows, column] for name, table in found.items()})
+    shared = set.intersection(*(set(part) for part in own))
+    return np.concatenate(outcome), {
+        name: np.concatenate([part[name] for part in own]) for name in shared
+    }
+
+
+def by_rank(judged: Sequence[Judged], *, is_drawn: bool) -> list[dict[str, Any]]:
     """Quality of rho among the children of reached nodes.
 
     Args:
-        seen: Held-out rounds.
-        rating: The fitted map.
+        judged: All rounds.
         is_drawn: True for rules that draw from laws.
 
     Returns:
@@ -91,14 +129,15 @@ def by_rank(seen: Observations, rating: SurvivalMap, *, is_drawn: bool) -> list[
         and of the map, floor.
     """
     pairs: dict[int, list[tuple[float, float, bool]]] = {}
-    for family in seen.families:
-        if not family.is_reached or not family.children.tokens:
-            continue
-        before = _own_rates(family)
-        after = _rates(rating, family, is_drawn=is_drawn)
-        for rank in range(len(family.children.tokens)):
-            entry = (before[rank], after[rank], rank == family.hit)
-            pairs.setdefault(rank, []).append(entry)
+    for part in judged:
+        for family in part.seen.families:
+            if not family.is_reached or not family.children.tokens:
+                continue
+            before = _own_rates(family)
+            after = _rates(part.rating, family, is_drawn=is_drawn)
+            for rank in range(len(family.children.tokens)):
+                entry = (before[rank], after[rank], rank == family.hit)
+                pairs.setdefault(rank, []).append(entry)
     found = []
     for rank in sorted(pairs):
         table = np.array(pairs[rank], dtype=np.float64)

@@ -63,6 +63,25 @@ class FirstPaths:
     confidence: FloatArray
     accepted: FloatArray
 
+    @staticmethod
+    def joined(parts: Sequence[FirstPaths]) -> FirstPaths:
+        """Several as one, as deep as the deepest."""
+        depth = max((part.accepted.shape[1] for part in parts), default=0)
+
+        def stacked(tables: Sequence[FloatArray]) -> FloatArray:
+            wide = [
+                np.pad(table, ((0, 0), (0, depth - table.shape[1])), constant_values=np.nan)
+                for table in tables
+            ]
+            return np.concatenate(wide) if wide else np.empty((0, 0))
+
+        return FirstPaths(
+            share=stacked([part.share for part in parts]),
+            survival=stacked([part.survival for part in parts]),
+            confidence=stacked([part.confidence for part in parts]),
+            accepted=stacked([part.accepted for part in parts]),
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observations:
@@ -75,6 +94,14 @@ class Observations:
 
     families: tuple[Family, ...]
     paths: FirstPaths
+
+    @staticmethod
+    def joined(parts: Sequence[Observations]) -> Observations:
+        """Several as one."""
+        return Observations(
+            families=tuple(family for part in parts for family in part.families),
+            paths=FirstPaths.joined([part.paths for part in parts]),
+        )
 
     @property
     def rounds(self) -> int:

@@ -18,7 +18,7 @@ from dspark.draft.lookup import LookupDrafter
 from dspark.draft.model import ModelDrafter
 from dspark.draft.recording import Children
 from dspark.errors import CapabilityError, ConfigError, DataError
-from dspark.eval.calibrate import Measured, calibrate, cells_of, halves, keep_maps, measure
+from dspark.eval.calibrate import Measured, calibrate, cells_of, folds, keep_maps, measure
 from dspark.eval.calibrate_fit import (
     ece_floor,
     fit_logistic,
@@ -292,18 +292,48 @@ def test_held_out_positions_are_calibrated_to_two_percent(is_drawn: bool) -> Non
     seen = [planted(8_000, real, is_drawn=is_drawn, seed=seed) for seed in (1, 2)]
     rule = Rule.REJECTION if is_drawn else Rule.COUPLED
     key = CalibrationKey(rule=rule, temperature=1.0, is_chain=True)
-    measured = Measured(fitted_on=seen[0], held_out=seen[1], failed=())
+    measured = Measured(folds=tuple(seen), failed=())
     entry = calibrate(key, measured, dataset="planted")
     assert [row["position"] for row in entry["positions"]] == [1, 2]
     for row in entry["positions"]:
-        assert row["count"] == 8_000
+        assert row["count"] == 16_000
         assert row["ece"]["fitted"] < 0.02
         assert row["floor"] < 0.02
     first = entry["positions"][0]["ece"]
     assert first["confidence"] > 0.1
     assert first["fitted"] < 0.3 * first["scaled"]
-    assert entry["sts"]["num_samples"] == 8_000
+    assert entry["sts"]["num_samples"] == 16_000
+    assert entry["rounds"] == {"count": 16_000, "folds": 2}
     json.dumps(entry, allow_nan=False)
+
+
+def test_no_fold_is_judged_by_a_map_that_saw_it() -> None:
+    """Folds that contradict each other: what is fitted on one is far off on the other."""
+    real = truth(is_drawn=False, width=1, depth=1)
+    low, high = (
+        planted(4_000, replace(real, bias=np.array([bias])), is_drawn=False, seed=3)
+        for bias in (-2.0, 2.0)
+    )
+    key = CalibrationKey(rule=Rule.COUPLED, temperature=1.0, is_chain=True)
+    entry = calibrate(key, Measured(folds=(low, high), failed=()), dataset="planted")
+    (row,) = entry["positions"]
+    assert row["predicted"] == pytest.approx(row["observed"], abs=0.03)
+    assert row["ece"]["fitted"] > 0.2
+    both = fit_map(Observations.joined((low, high)), is_drawn=False, is_chain=True)
+    assert entry["map"] == both.to_json()  # what is kept is fitted on all
+
+
+def test_observations_of_different_depths_are_joined() -> None:
+    shallow = planted(50, truth(is_drawn=False, width=1, depth=1), is_drawn=False, seed=1)
+    deep = planted(60, truth(is_drawn=False, width=1, depth=3), is_drawn=False, seed=2)
+    both = Observations.joined((shallow, deep))
+    assert both.rounds == 110
+    assert both.families == shallow.families + deep.families
+    for name in ("share", "survival", "confidence", "accepted"):
+        table = getattr(both.paths, name)
+        np.testing.assert_array_equal(table[:50, :1], getattr(shallow.paths, name))
+        assert np.isnan(table[:50, 1:]).all()
+        np.testing.assert_array_equal(table[50:], getattr(deep.paths, name))
 
 
 def test_the_floor_is_the_ece_of_a_perfect_estimate() -> None:
@@ -341,15 +371,21 @@ def test_every_kind_of_request_is_one_cell() -> None:
         cells_of(replace(BASE, width=1), ["coupled"], [1.0], ["tree"])
 
 
-def test_halves_share_no_question_and_every_category() -> None:
-    one, other = halves(prompt_set(11))
-    ids = [{q.question_id for q in half.questions} for half in (one, other)]
-    assert not ids[0] & ids[1]
-    assert ids[0] | ids[1] == set(range(11))
-    assert abs(len(ids[0]) - len(ids[1])) <= 1
-    assert {q.category for q in one.questions} == {q.category for q in other.questions}
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_folds_share_no_question_and_every_category(count: int) -> None:
+    parts = folds(prompt_set(11), count)
+    ids = [question.question_id for part in parts for question in part.questions]
+    assert sorted(ids) == list(range(11))
+    sizes = [len(part.questions) for part in parts]
+    assert len(parts) == count
+    assert max(sizes) - min(sizes) <= 1
+    assert all({q.category for q in part.questions} == {"x", "y"} for part in parts)
+
+
+def test_few_questions_are_a_fold_each() -> None:
+    assert [len(part.questions) for part in folds(prompt_set(3), 4)] == [1, 1, 1]
     with pytest.raises(DataError, match="two or more"):
-        halves(prompt_set(1))
+        folds(prompt_set(1))
 
 
 @pytest.mark.parametrize("rule", [pytest.param("coupled", marks=pytest.mark.slow), "rejection"])
@@ -386,7 +422,7 @@ def test_answers_too_short_to_tell_are_an_error() -> None:
     (cell,) = cells_of(replace(BASE, max_tokens=1), ["coupled"], [1.0], ["chain"])
     engine = toy_engine()
     before = engine.drafter.config
-    with pytest.raises(DataError, match="nothing was drafted"):
+    with pytest.raises(DataError, match="too little was drafted"):
         measure(engine, cell, prompt_set(2), is_raw=True)
     assert engine.drafter.config is before
 
