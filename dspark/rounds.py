@@ -189,7 +189,7 @@ class RoundRunner:
         judged = [part for part in parts if part.wants_verdict]
         starts = [0, *accumulate(len(part.part.output_rows) for part in judged)]
         jobs = [self._job(part, row) for part, row in zip(judged, starts, strict=False)]
-        verdicts = zip(self._verify(output.logits, jobs, judged), starts, strict=False)
+        verdicts = zip(self._verify(output, jobs, judged), starts, strict=False)
         row = 0
         for part in parts:
             first_row, row = row, row + len(part.part.token_ids)
@@ -226,10 +226,11 @@ class RoundRunner:
         )
 
     def _verify(
-        self, logits: torch.Tensor, jobs: list[VerifyJob], judged: Sequence[_Part]
+        self, output: TargetOutput, jobs: list[VerifyJob], judged: Sequence[_Part]
     ) -> list[Verdict]:
+        logits = output.logits
         try:
-            return verify(logits, jobs)
+            return verify(logits, jobs, output.tops)
         except DsparkError:
             pairs = zip(jobs, judged, strict=True)
             return [self._verify_alone(logits, job, part) for job, part in pairs]

@@ -26,6 +26,7 @@ __all__ = [
     "BatchPart",
     "ExactnessReport",
     "HeadRows",
+    "Largest",
     "RowSpan",
     "SharesHead",
     "SharesHeadRows",
@@ -163,6 +164,19 @@ class BatchPart:
 
 
 @dataclass(frozen=True, slots=True)
+class Largest:
+    """Where the largest logit of every row is.
+
+    Attributes:
+        tokens: int64 [M], the lowest id among equals; -1 where none is finite or one is NaN.
+        logits: The tensor that this was found in. Whoever changes it in place must drop this.
+    """
+
+    tokens: IntArray
+    logits: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class TargetOutput:
     """What a forward returns.
 
@@ -172,10 +186,18 @@ class TargetOutput:
         hidden: Captured hidden states {layer: [N, D]}; layer k is the OUTPUT of decoder layer k,
             -1 the embeddings, and the number of layers (one past the last) what the output head
             gets: the last layer's output behind the final norm.
+        largest: Where the forward found the largest of every row, None if it did not look.
     """
 
     logits: torch.Tensor
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
+    largest: Largest | None = None
+
+    @property
+    def tops(self) -> IntArray | None:
+        """What `largest` says, if it speaks of these logits: not of what others were made from."""
+        found = self.largest
+        return found.tokens if found is not None and found.logits is self.logits else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

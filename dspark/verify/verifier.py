@@ -40,6 +40,7 @@ __all__ = ["Verdict", "VerifyJob", "verify"]
 
 FloatArray = NDArray[np.float64]
 HalfArray = NDArray[np.float32]
+IntArray = NDArray[np.int64]
 
 
 def _no_proposal() -> Proposal:
@@ -121,12 +122,15 @@ class Verdict:
         return len(self.tried)
 
 
-def verify(logits: Tensor, jobs: Sequence[VerifyJob]) -> list[Verdict]:
+def verify(
+    logits: Tensor, jobs: Sequence[VerifyJob], tops: IntArray | None = None
+) -> list[Verdict]:
     """Judge the trees of several requests.
 
     Args:
         logits: float [M, V] of the target, any floating dtype, raw.
         jobs: One per request; a row may belong to one job only.
+        tops: `dspark.target.TargetOutput.tops` of these logits, if they are known.
 
     Returns:
         One verdict per job, in order. Each is a function of its own job and rows alone.
@@ -138,19 +142,22 @@ def verify(logits: Tensor, jobs: Sequence[VerifyJob]) -> list[Verdict]:
         DataError: If a draft law is not a law.
     """
     free = [j for j, job in enumerate(jobs) if job.allowed is None]
-    verdicts = dict(zip(free, _verify_free(logits, [jobs[j] for j in free]), strict=True))
+    verdicts = dict(zip(free, _verify_free(logits, [jobs[j] for j in free], tops), strict=True))
     for j, job in enumerate(jobs):
         if job.allowed is not None:
             verdicts[j] = _verify_constrained(logits, job)
     return [verdicts[j] for j in range(len(jobs))]
 
 
-def _verify_free(logits: Tensor, jobs: Sequence[VerifyJob]) -> list[Verdict]:
+def _verify_free(logits: Tensor, jobs: Sequence[VerifyJob], tops: IntArray | None) -> list[Verdict]:
     """Judge the trees of requests without a grammar together."""
     if not jobs:
         return []
     if all(_takes_likeliest(job) for job in jobs):
-        return _verify_unshaped(_rows_of(logits, jobs), jobs)
+        rows = _rows_of(logits, jobs)
+        if tops is None or rows is not logits or bool((tops < 0).any()):
+            return _verify_unshaped(likeliest_unshaped(rows), jobs)
+        return _verify_unshaped(tops.tolist(), jobs)
     starts = np.cumsum([0, *(job.num_rows for job in jobs)])
     shaped = _shape(_rows_of(logits, jobs), jobs)
     verdicts: dict[int, Verdict] = {}
@@ -176,9 +183,9 @@ def _takes_likeliest(job: VerifyJob) -> bool:
     return takes_tokens and changes_nothing(job.params, job.bad_words)
 
 
-def _verify_unshaped(logits: Tensor, jobs: Sequence[VerifyJob]) -> list[Verdict]:
-    """Judge such jobs, whose rows are all there is."""
-    tokens, start = likeliest_unshaped(logits), 0
+def _verify_unshaped(tokens: Sequence[int], jobs: Sequence[VerifyJob]) -> list[Verdict]:
+    """Judge such jobs, given the target's token at each of their rows."""
+    start = 0
     verdicts = []
     for job in jobs:
         n = job.num_rows

@@ -123,7 +123,7 @@ class FusedDecoder:
 
     def forward(
         self, batch: TokenBatch, cache: StoreCache, wanted: Sequence[int]
-    ) -> tuple[Tensor, Mapping[int, Tensor]]:
+    ) -> tuple[Tensor, Mapping[int, Tensor], np.ndarray | None]:
         """Run a batch; its rows' K/V are written behind the slots' contexts.
 
         Args:
@@ -133,7 +133,7 @@ class FusedDecoder:
 
         Returns:
             Logits of the output rows, float32 [M, V] rounded to the model's dtype, and
-            {layer: [N, D]} in that dtype.
+            {layer: [N, D]} in that dtype, and `dspark.target.Largest.tokens`.
         """
         n, outputs = batch.num_rows, len(batch.output_rows)
         kept: dict[int, Tensor] = {}
@@ -156,6 +156,8 @@ class FusedDecoder:
         tables = self._tables(int(batch.positions.max()) + 1)
         arrays = [_int64(a) for a in (batch.positions, batch.parent, batch.output_rows)]
         threads = torch.get_num_threads()
+        # A soft-cap may make logits equal that were not.
+        best = None if self._model.logit_softcap else np.empty(outputs, dtype=np.int64)
         step = structures.Step(
             n,
             len(batch.spans),
@@ -170,11 +172,12 @@ class FusedDecoder:
             structures.address(normed),
             structures.address(logits),
             self._room(n, outputs, columns, threads),
+            None if best is None else best.ctypes.data,
         )
         self._library.forward(ctypes.addressof(self._model), ctypes.addressof(step))
         if self.num_layers in wanted:
             kept[self.num_layers] = normed
-        return logits, {k: kept[k].to(self.dtype) for k in wanted}
+        return logits, {k: kept[k].to(self.dtype) for k in wanted}, best
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Normed hidden states [n, D] -> logits, float32 [n, V] rounded to the model's dtype."""

@@ -133,6 +133,7 @@ class Step(ctypes.Structure):
         ("normed", c_void_p),
         ("logits", c_void_p),
         ("work", c_void_p),
+        ("best", c_void_p),
     )
 
 

@@ -13,7 +13,14 @@ from dspark.adapters.fused.library import Library
 from dspark.adapters.hf.store import LayerShape, StoreCache
 from dspark.cache import Cache
 from dspark.errors import CapabilityError
-from dspark.target import ExactnessReport, HeadRows, TargetInfo, TargetOutput, TokenBatch
+from dspark.target import (
+    ExactnessReport,
+    HeadRows,
+    Largest,
+    TargetInfo,
+    TargetOutput,
+    TokenBatch,
+)
 
 __all__ = ["FusedTarget"]
 
@@ -117,8 +124,9 @@ class FusedTarget:
                     "for what the output head gets."
                 )
         cache.begin(batch)
-        logits, kept = self.decoder.forward(batch, cache, capture)
-        return TargetOutput(logits, {layer: kept[layer] for layer in capture})
+        logits, kept, best = self.decoder.forward(batch, cache, capture)
+        largest = None if best is None else Largest(best, logits)
+        return TargetOutput(logits, {layer: kept[layer] for layer in capture}, largest)
 
     @torch.no_grad()
     def embed(self, token_ids: Tensor) -> Tensor:

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "best.h"
 #include "draft.h"
 #include "grow.h"
 #include "products.h"
@@ -83,9 +84,12 @@ struct Forward {
   float *normed, *qkv, *mixed, *inner, *y, *chosen, *scratch;
   mutable Meeting meeting;
   mutable std::vector<std::atomic<int64_t>> taken;  // per layer: items of attention
+  mutable std::vector<Counter> panels;              // of three products, one for each thread
+  mutable std::vector<Best> best;                   // of each thread, one for each output
 
   Forward(const Model& model, const Step& step)
-      : m(model), s(step), plan(model, step), taken(model.layers) {
+      : m(model), s(step), plan(model, step), taken(model.layers), panels(3 * step.threads),
+        best(step.best ? step.threads * step.outputs : 0) {
     const int64_t heads = m.heads * m.head_dim, all_heads = heads + 2 * m.kv_heads * m.head_dim;
     float* next = s.work;
     auto take = [&](int64_t n) {
@@ -119,9 +123,13 @@ struct Forward {
 
   void meet(Worker me) const { meeting.wait(me.count); }
 
+  // turn: how many products came before, all of which threads met after.
   void product(const Matrix& w, const float* x, int64_t rows, float* out, int64_t stride,
-               Worker me, bool gates = false) const {
-    Product{w, x, rows, out, stride, m, gates}.run(me);
+               Worker me, int64_t turn, bool gates = false, Best* own_best = nullptr) const {
+    // Nobody uses the next product's counters any more: that was two products ago.
+    panels[(turn + 1) % 3 * s.threads + me.index].reset();
+    Counter* counters = panels.data() + turn % 3 * s.threads;
+    Product{w, x, rows, out, stride, m, gates, counters, own_best}.run(me);
   }
 
   void attend(const Layer& layer, int64_t index, Worker me) const {
@@ -151,21 +159,22 @@ struct Forward {
   }
 
   void run(Worker me) const {
+    int64_t turn = 0;
     for (int64_t l = 0; l < m.layers; l++) {
       const Layer& layer = m.layer[l];
       residual(l ? m.layer[l - 1].norm_output : nullptr, layer.norm_in,
                l ? s.capture[l - 1] : nullptr, normed, me, l > 0);
       meet(me);
-      product(layer.qkv, normed, s.rows, qkv, layer.qkv.outputs, me);
+      product(layer.qkv, normed, s.rows, qkv, layer.qkv.outputs, me, turn++);
       meet(me);
       attend(layer, l, me);
-      product(layer.out, mixed, s.rows, y, m.hidden, me);
+      product(layer.out, mixed, s.rows, y, m.hidden, me, turn++);
       meet(me);
       residual(layer.norm_attention, layer.norm_mlp, nullptr, normed, me, true);
       meet(me);
-      product(layer.gate_up, normed, s.rows, inner, m.inner, me, true);
+      product(layer.gate_up, normed, s.rows, inner, m.inner, me, turn++, true);
       meet(me);
-      product(layer.down, inner, s.rows, y, m.hidden, me);
+      product(layer.down, inner, s.rows, y, m.hidden, me, turn++);
       meet(me);
     }
     residual(m.layer[m.layers - 1].norm_output, m.norm, s.capture[m.layers - 1], s.normed, me,
@@ -175,11 +184,17 @@ struct Forward {
       memcpy(chosen + i * m.hidden, s.normed + s.output_rows[i] * m.hidden,
              m.hidden * sizeof(float));
     meet(me);
-    unembed(chosen, s.outputs, s.logits, me);
+    unembed(chosen, s.outputs, s.logits, me, turn);
   }
 
-  void unembed(const float* x, int64_t rows, float* logits, Worker me) const {
-    product(m.head, x, rows, logits, m.head.outputs, me);
+  void unembed(const float* x, int64_t rows, float* logits, Worker me, int64_t turn) const {
+    Best* own_best = best.empty() ? nullptr : best.data() + me.index * rows;
+    product(m.head, x, rows, logits, m.head.outputs, me, turn, false, own_best);
+    if (own_best) {
+      meet(me);
+      for (int64_t r = me.index; r < rows; r += me.count)
+        s.best[r] = Best::of(best.data() + r, me.count, rows);
+    }
     if (m.logit_softcap == 0.0f) return;
     meet(me);
     const int64_t count = m.head.outputs, whole = count / LANES * LANES;
@@ -247,7 +262,7 @@ void dspark_forward(const Model* model, const Step* step) {
 void dspark_unembed(const Model* model, const Step* step) {  // normed [outputs, hidden] -> logits
   const Forward forward(*model, *step);
   in_threads(step->threads, [&](Worker me) {
-    forward.unembed(step->normed, step->outputs, step->logits, me);
+    forward.unembed(step->normed, step->outputs, step->logits, me, 0);
   });
 }
 
@@ -278,7 +293,7 @@ void dspark_linear(const Matrix* matrix, const float* x, int64_t rows, float* ou
                    int64_t is_rounded, int64_t threads) {
   Model model{};
   model.is_rounded = is_rounded;
-  const Product product{*matrix, x, rows, out, matrix->outputs, model, false};
+  const Product product{*matrix, x, rows, out, matrix->outputs, model, false, nullptr};
   in_threads(threads, [&](Worker me) { product.run(me); });
 }
 }

@@ -10,13 +10,12 @@
 #include <immintrin.h>
 #endif
 
+#include "best.h"
 #include "fetch.h"
 #include "quantised.h"
 #include "step.h"
 #include "threads.h"
 #include "vectors.h"
-
-#define PANEL (2 * LANES)
 
 template <int R, Reach reach>
 static void tile_half(const float* x, int64_t stride, const void* data, int64_t inputs,
@@ -161,6 +160,8 @@ struct Product {
   int64_t out_stride;
   const Model& model;
   bool gates;
+  Counter* counters;  // see Shares
+  Best* best = nullptr;  // this thread's, one for each row; of a head without soft-cap
 
   void keep(int64_t panel, int64_t row, const Floats* sum) const {
     Floats a = sum[0], b = sum[1];
@@ -180,6 +181,7 @@ struct Product {
       return;
     }
     int64_t left = matrix.outputs - panel * PANEL;
+    if (best) best[row].see(panel, left, a, b);
     if (left >= PANEL) {
       store(to + panel * PANEL, a);
       store(to + panel * PANEL + LANES, b);
@@ -198,12 +200,12 @@ struct Product {
   }
 
   void run_quantised(Worker me) const {
-    const int64_t first = me.first(matrix.panels), last = me.last(matrix.panels);
     const int64_t bytes = panel_bytes(matrix);
     static thread_local Rounded inputs;
     inputs.fill(x, rows, matrix.inputs);
     const int64_t tiles = (rows + QUANTISED_ROWS - 1) / QUANTISED_ROWS;
-    for (int64_t panel = first; panel < last; panel++) {
+    Shares panels(me, matrix.panels, counters);
+    for (int64_t panel; (panel = panels.take()) >= 0;) {
       const char* data = (const char*)matrix.data + panel * bytes;
       for (int64_t t = 0; t < tiles; t++) {  // of like size: 16 rows are 6, 5 and 5
         const int64_t a = rows * t / tiles, b = rows * (t + 1) / tiles;
@@ -217,7 +219,6 @@ struct Product {
   }
 
   void run_floats(Worker me) const {
-    int64_t first = me.first(matrix.panels), last = me.last(matrix.panels);
     int64_t block = std::max<int64_t>(1, 98304 / (matrix.inputs * MOST_ROWS)) * MOST_ROWS;
     const int64_t bytes = panel_bytes(matrix);
     const bool is_half = matrix.kind == BFLOAT16;
@@ -233,7 +234,8 @@ struct Product {
         pack_pairs(input, count * matrix.inputs, pairs.data());
         input = pairs.data();
       }
-      for (int64_t panel = first; panel < last; panel++) {
+      Shares panels(me, matrix.panels, block < rows ? nullptr : counters);  // for one block only
+      for (int64_t panel; (panel = panels.take()) >= 0;) {
         const char* data = (const char*)matrix.data + panel * bytes;
         for (int64_t t = 0; t < tiles; t++) {  // of like size: 16 rows are 8 and 8
           const int64_t a = start + count * t / tiles, b = start + count * (t + 1) / tiles;

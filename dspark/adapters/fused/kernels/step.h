@@ -62,5 +62,6 @@ struct Step {
   float* normed;             // [rows, hidden]
   float* logits;             // [outputs, vocabulary]
   float* work;               // dspark_work_floats()
+  int64_t* best;             // [outputs] largest logit of each, -1 where none is finite; or null
 };
 }
