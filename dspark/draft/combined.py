@@ -123,7 +123,7 @@ class CombinedDrafter:
         start = time.perf_counter()
         seconds = dict(zip(asked, self._second.propose(rest) if rest else [], strict=True))
         if rest:
-            self._gate.took(time.perf_counter() - start, len(rest))
+            self._gate.took(time.perf_counter() - start, [context.request_id for context in rest])
         united = [
             self._unite(context, first, seconds.get(i))
             for i, (context, first) in enumerate(zip(contexts, firsts, strict=True))

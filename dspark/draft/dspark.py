@@ -237,12 +237,14 @@ class DSparkDrafter:
         """Keep hidden states until there is something to draft; see `dspark.draft.base.Observer`.
 
         A few rows cost as much to take in as many, so rounds without drafts leave it to the next
-        one that has some, or to the round in which `_MOST_WAITING` would be exceeded.
+        one that has some, or to the round in which `_MOST_WAITING` would be exceeded. Rows behind a
+        gap do not wait: what fills it may be gone by then.
         """
         many = []
         for context in contexts:
             new = self._arrived(context)
-            if new.rows is not None and new.rows.shape[0] < _MOST_WAITING:
+            is_few = new.rows is not None and new.rows.shape[0] < _MOST_WAITING
+            if is_few and self._aligned(new).length == new.start:
                 self._waiting[context.request_id] = new
             else:
                 many.append(new)
@@ -308,6 +310,13 @@ class DSparkDrafter:
 
     def _bridge(self, cache: ContextCache, tokens: Sequence[int]) -> None:
         """Fill positions that no hidden states came for."""
+        sharing = [
+            request_id
+            for request_id, waiting in self._waiting.items()
+            if common_length(waiting.tokens, tokens) > waiting.start
+        ]
+        if sharing:  # they continue their caches, so this comes to no gap
+            self._follow([self._waiting.pop(request_id) for request_id in sharing])
         donors = list(self._caches.values())
         shared = [(common_length(donor.tokens, tokens), i) for i, donor in enumerate(donors)]
         longest, index = max(shared, default=(0, 0))

@@ -34,6 +34,9 @@ _MEMORY = 200.0
 _SPEED_MEMORY = 0.05
 """Weight of the newest round in means of seconds."""
 
+_MOST_SECONDS = 4.0
+"""Times the mean that one call may count for: slower ones waited for something else."""
+
 _LIKELY = 0.1
 """Survival below which a node is not counted on: a scheduler would hardly verify it."""
 
@@ -70,6 +73,9 @@ class SecondGate:
 
     Args:
         clock: Seconds.
+
+    Attributes:
+        rate: Tokens a second that the engine makes.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -77,8 +83,10 @@ class SecondGate:
         self._classes = [_Class() for _ in range(len(_EDGES) + 1)]
         self._rounds: dict[int, _Round] = {}
         self._sizes: dict[int, int] = {}
+        self._present: frozenset[int] = frozenset()  # in the last round
+        self._asked: set[int] = set()  # whom it was asked for before
         self._last: float | None = None
-        self._rate = 0.0  # tokens a second
+        self.rate = 0.0
         self._seconds = 0.0  # that one more request takes of the second drafter
 
     def follow(self, request_ids: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
@@ -90,8 +98,8 @@ class SecondGate:
         """
         now, grown = self._clock(), 0
         for request_id, text in zip(request_ids, tokens, strict=True):
-            known = self._sizes.get(request_id)
-            grown += 0 if known is None else max(0, len(text) - known)
+            if request_id in self._present:  # others bring what they made in other rounds, too
+                grown += max(0, len(text) - self._sizes[request_id])
             self._sizes[request_id] = len(text)
             done = self._rounds.pop(request_id, None)
             if done is not None and done.size < len(text):
@@ -100,20 +108,31 @@ class SecondGate:
                 both = _matched(done.united, after)
                 done.kind.learn(max(0, both - one))
         if self._last is not None and grown and now > self._last:
-            self._rate = _mean(self._rate, grown / (now - self._last))
-        self._last = now
+            self.rate = _mean(self.rate, grown / (now - self._last))
+        self._last, self._present = now, frozenset(request_ids)
 
     def asks(self, tree: DraftTree) -> bool:
         """Whether to ask the second drafter beside such a tree of the first."""
         kind = self._kind(tree)
-        if kind.count < _FIRST_TRIES or kind.gain > self._seconds * self._rate:
+        if kind.count < _FIRST_TRIES or kind.gain > self._seconds * self.rate:
             return True
         kind.passed += 1
         return kind.passed % _EVERY == 0
 
-    def took(self, seconds: float, requests: int) -> None:
-        """Note how long the second drafter took for some requests."""
-        self._seconds = _mean(self._seconds, seconds / requests)
+    def took(self, seconds: float, request_ids: Sequence[int]) -> None:
+        """Note how long the second drafter took for some requests.
+
+        A call that has a request for the first time reads its prompt, and may load or compile
+        what is needed once: it says nothing of later ones.
+        """
+        is_usual = self._asked.issuperset(request_ids)
+        self._asked.update(request_ids)
+        if not is_usual:
+            return
+        each = seconds / len(request_ids)
+        if self._seconds:
+            each = min(each, _MOST_SECONDS * self._seconds)
+        self._seconds = _mean(self._seconds, each)
 
     def note(self, request_id: int, size: int, first: DraftTree, united: DraftTree) -> None:
         """Remember what both drafters offered behind `size` tokens."""
@@ -123,6 +142,8 @@ class SecondGate:
         """Forget a request; unknown ids are ignored."""
         self._rounds.pop(request_id, None)
         self._sizes.pop(request_id, None)
+        self._asked.discard(request_id)
+        self._present -= {request_id}
 
     def _kind(self, tree: DraftTree) -> _Class:
         sure = 0.0

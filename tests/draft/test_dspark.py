@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -562,3 +563,23 @@ def test_the_drafter_meets_the_protocols():
     assert isinstance(drafter, Observer)
     assert drafter.name == "dflash"
     assert drafter.capture == LAYER_IDS
+
+
+@pytest.mark.parametrize("waits", ["the borrower", "the donor", "both", "nobody"])
+def test_what_waits_is_neither_lost_to_a_shared_prefix_nor_as_a_donor(given, waits):
+    """The second request has hidden states behind a prefix that it shares with the first."""
+    module = make_module()
+    drafter = DSparkDrafter(module)
+    first, second = given(41), replace(given(46, new=5), request_id=1)
+    if waits in ("the donor", "both"):
+        drafter.observe([first])
+    else:
+        drafter.propose([first])
+    if waits in ("the borrower", "both"):
+        drafter.observe([second])
+        drafter.release(0)
+        second = replace(given(47, new=1), request_id=1)
+    tree = drafter.propose([second])[0].tree
+    alone = DSparkDrafter(module).propose([given(len(second.tokens))])[0].tree
+    assert paths_of(tree) == paths_of(alone)
+    np.testing.assert_allclose(tree.survival, alone.survival, rtol=1e-4)

@@ -39,7 +39,7 @@ class Rounds:
             self.clock.now += 0.01
             if asks:
                 self.clock.now += self.seconds
-                self.gate.took(self.seconds, 1)
+                self.gate.took(self.seconds, [0])
                 self.gate.note(0, len(self.text), first, united)
             self.asked.append(asks)
             self.text = [*self.text, *after]
@@ -89,6 +89,38 @@ def test_it_comes_back_when_it_begins_to_add():
     rounds.run(100, first=MISSES, united=FINDS, after=[7, 8, 9])
     asked = rounds.run(1200, first=MISSES, united=FINDS, after=[5, 6, 9])
     assert all(asked[-200:])
+
+
+def test_the_first_call_of_a_request_which_reads_its_prompt_does_not_count():
+    rounds = Rounds(0.002)
+    rounds.seconds = 4.0
+    rounds.run(1, first=MISSES, united=FINDS, after=[5, 6, 9])
+    rounds.seconds = 0.002
+    assert all(rounds.run(100, first=MISSES, united=FINDS, after=[5, 6, 9]))
+
+
+def test_one_slow_call_among_many_does_not_shut_it_out():
+    rounds = Rounds(0.002)
+    rounds.run(50, first=MISSES, united=FINDS, after=[5, 6, 9])
+    rounds.seconds = 4.0
+    rounds.run(1, first=MISSES, united=FINDS, after=[5, 6, 9])
+    rounds.seconds = 0.002
+    assert all(rounds.run(100, first=MISSES, united=FINDS, after=[5, 6, 9]))
+
+
+def test_tokens_of_rounds_that_it_did_not_see_are_no_speed():
+    """A request that comes back brings what it made meanwhile."""
+    rounds = Rounds(0.002)
+    rounds.run(20, first=MISSES, united=FINDS, after=[5, 6, 9])
+    before = rounds.gate.rate
+    others = [1, 2, 3]
+    for _ in range(20):  # another request's rounds
+        rounds.gate.follow([1], [others])
+        rounds.clock.now += 0.012
+        others = [*others, 5, 6, 9]
+    rounds.text = [*rounds.text, *[5] * 60]
+    rounds.gate.follow([0, 1], [rounds.text, others])
+    assert rounds.gate.rate == pytest.approx(before, rel=0.1)
 
 
 def test_a_request_that_ended_is_forgotten():

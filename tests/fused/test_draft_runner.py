@@ -20,7 +20,15 @@ from dspark.mtp_head import DraftVocab
 from dspark.request import Rule
 from dspark.verify.noise import NoiseKey
 from tests.draft.conftest import make_context  # noqa: F401 - a fixture
-from tests.draft.dspark_models import VOCAB, joined, make_config, make_features, make_module
+from tests.draft.dspark_models import (
+    HIDDEN,
+    VOCAB,
+    joined,
+    make_config,
+    make_features,
+    make_module,
+    target_info,
+)
 from tests.fused.models import needs_compiler
 
 pytestmark = needs_compiler
@@ -108,6 +116,60 @@ def test_in_bfloat16_it_is_as_near_to_the_exact_module_as_its_own_layers():
 @pytest.mark.parametrize("style", ["gemma4", "gemma4 with v", "sliding causal", "sliding moving"])
 def test_other_backbones_stay_on_their_own_layers(style):
     module = make_module(style)
+    assert drafts.pack_draft(module, "none", "fused") == "float32"
+    assert module.runner is None
+
+
+class Shares:
+    """A target's embedding and head."""
+
+    info = target_info()
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(1)
+        self.table = torch.randn(VOCAB, HIDDEN, generator=generator)
+        self.head = torch.randn(VOCAB, HIDDEN, generator=generator)
+
+    def embed(self, tokens):
+        return self.table[tokens]
+
+    def unembed(self, hidden):
+        return hidden.float() @ self.head.T
+
+
+def test_a_head_that_is_the_targets_is_left_to_it():
+    stock = make_module(shares=Shares(), owns_embedding=False, owns_head=False)
+    mine = copy.deepcopy(stock)
+    drafts.pack_draft(mine, "none", "fused")
+    assert isinstance(mine.runner, FusedRunner)
+    for depth in (1, 4):
+        found, expected = (
+            blocks(runner, (9, 4), depth=depth) for runner in (mine.runner, PlainRunner(stock))
+        )
+        torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_sequential_head_that_cannot_be_packed_stays_torchs(make_context, dtype):  # noqa: F811
+    stock = make_module(markov_rank=7).to(torch.bfloat16).to(dtype)
+    mine = copy.deepcopy(stock)
+    drafts.pack_draft(mine, "none", "fused")
+    assert isinstance(mine.runner, FusedRunner)
+    contexts = [
+        [make_context([3, 5, 7, 11], features=make_features(3), request_id=i) for i in range(2)]
+        for _ in range(2)
+    ]
+    trees = [
+        tree_of(DSparkDrafter(module), own)
+        for module, own in zip((stock, mine), contexts, strict=True)
+    ]
+    assert trees[0][0][0]
+    if dtype is torch.float32:
+        assert_same_trees(*trees)
+
+
+def test_a_combiner_that_cannot_be_packed_keeps_the_modules_own_layers():
+    module = make_module(target_layer_ids=(0,), target_hidden_size=33)
     assert drafts.pack_draft(module, "none", "fused") == "float32"
     assert module.runner is None
 

@@ -21,7 +21,7 @@ from dspark.adapters.fused import structures
 from dspark.adapters.fused.draft_growth import Growth, Heads
 from dspark.adapters.fused.layout import NotFused
 from dspark.adapters.fused.library import Library
-from dspark.adapters.fused.linear import PackedLinear
+from dspark.adapters.fused.linear import PackedLinear, can_pack
 from dspark.adapters.fused.packing import PackedMatrix, pack_gated, pack_stacked
 from dspark.adapters.quantise import GROUP
 from dspark.draft.backbone import DraftLayer
@@ -60,8 +60,10 @@ def check_fused(module: DSparkModule, lanes: int, quant: str) -> None:
     if any(window is not None and (window.moves or window.is_causal) for window in module.windows):
         raise NotFused("windows that move within a block are not fused")
     _check_sizes(backbone, lanes)
+    inputs = len(config.target_layer_ids) * config.target_hidden_size
+    if inputs % 2:
+        raise NotFused(f"its combiner has {inputs} inputs, no even number")
     if quant != "none":
-        inputs = len(config.target_layer_ids) * config.target_hidden_size
         heads = backbone.num_heads * backbone.head_dim
         for size in (inputs, heads, backbone.hidden_size, backbone.intermediate_size):
             if size % GROUP:
@@ -141,7 +143,7 @@ class FusedRunner:
         second: nn.Module | None = None if markov is None else markov.markov_w2
         if isinstance(second, PackedLinear):
             self._bias = second.packed
-        elif isinstance(second, nn.Linear):
+        elif isinstance(second, nn.Linear) and can_pack(second, "none"):
             self._bias = self._keep(pack_stacked([second], self._library.lanes))
         if markov is None or (markov.kind == "vanilla" and self._bias is not None):
             first = None if markov is None else markov.markov_w1.weight.detach().contiguous()

@@ -46,7 +46,7 @@ struct ContextForward {
 
   void run(Worker me) const {
     const int64_t width = 2 * m.kv_heads * m.head_dim;
-    Product{context.combine, context.features, s.rows, context.c, m.hidden, m, false, nullptr}.run(me);
+    Product{context.combine, context.features, s.rows, context.c, m.hidden, m, false}.run(me);
     meeting.wait(me.count);
     for (int64_t r = me.index; r < s.rows; r += me.count)
       normalize(m, context.c + r * m.hidden, context.norm, m.hidden, context.c + r * m.hidden);
@@ -87,7 +87,7 @@ struct BranchStep {
 
   void run(Worker me) const {
     if (b.bias.outputs) {
-      Product{b.bias, b.latent, b.rows, b.logits, b.columns, rounding, false, nullptr}.run(me);
+      Product{b.bias, b.latent, b.rows, b.logits, b.columns, rounding, false}.run(me);
       meeting.wait(me.count);
     }
     for (int64_t r = me.index; r < b.rows; r += me.count) row(r);

@@ -179,6 +179,7 @@ struct Forward {
     }
     residual(m.layer[m.layers - 1].norm_output, m.norm, s.capture[m.layers - 1], s.normed, me,
              true);
+    if (!s.outputs) return;  // a draft may have a head that is not ours, or none here at all
     meet(me);
     for (int64_t i = me.index; i < s.outputs; i += me.count)
       memcpy(chosen + i * m.hidden, s.normed + s.output_rows[i] * m.hidden,
@@ -293,7 +294,7 @@ void dspark_linear(const Matrix* matrix, const float* x, int64_t rows, float* ou
                    int64_t is_rounded, int64_t threads) {
   Model model{};
   model.is_rounded = is_rounded;
-  const Product product{*matrix, x, rows, out, matrix->outputs, model, false, nullptr};
+  const Product product{*matrix, x, rows, out, matrix->outputs, model, false};
   in_threads(threads, [&](Worker me) { product.run(me); });
 }
 }

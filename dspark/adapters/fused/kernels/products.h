@@ -160,7 +160,7 @@ struct Product {
   int64_t out_stride;
   const Model& model;
   bool gates;
-  Counter* counters;  // see Shares
+  Counter* counters = nullptr;  // see Shares
   Best* best = nullptr;  // this thread's, one for each row; of a head without soft-cap
 
   void keep(int64_t panel, int64_t row, const Floats* sum) const {
