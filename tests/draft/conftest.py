@@ -11,6 +11,7 @@ from dspark.draft.base import DraftContext
 from dspark.request import Rule, SamplingParams
 from dspark.target import TargetInfo, TargetOutput
 from dspark.verify.noise import NoiseKey
+from tests.draft.dspark_models import VOCAB, make_features
 
 
 class ToyCache:
@@ -126,5 +127,19 @@ def make_context():
             **options,
         }
         return DraftContext(tokens=tokens, rule=rule, budget=budget, depth=depth, **values)
+
+    return make
+
+
+@pytest.fixture
+def given(make_context):
+    """A context of a text of a length, with the hidden states of its last rows."""
+
+    def make(size, *, new=None, seed=0, text=None, **options):
+        new = size - 1 if new is None else new
+        tokens = list(text or np.random.default_rng(seed).integers(0, VOCAB, 400).tolist())[:size]
+        rows = make_features(size - 1, seed)
+        features = {k: v[size - 1 - new :] for k, v in rows.items()} if new else None
+        return make_context(tokens, features=features, request_id=seed, **options)
 
     return make

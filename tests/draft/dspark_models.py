@@ -10,6 +10,7 @@ from dspark.draft.dspark_config import BackboneConfig, DSparkConfig, Window
 from dspark.draft.dspark_module import DSparkModule
 from dspark.mtp_head import DraftVocab
 from dspark.target import TargetInfo
+from dspark.tree import DraftTree
 
 VOCAB, HIDDEN = 96, 64
 LAYER_IDS = (0, 1, 2)
@@ -113,3 +114,8 @@ def target_info(**changes: Any) -> TargetInfo:
         "device": "cpu",
     }
     return TargetInfo(**{**values, **changes})
+
+
+def paths_of(tree: DraftTree) -> list[tuple[int, ...]]:
+    """Tokens down to every node."""
+    return [tuple(tree.path_tokens(node)) for node in range(tree.num_nodes)]

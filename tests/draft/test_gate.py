@@ -91,17 +91,10 @@ def test_it_comes_back_when_it_begins_to_add():
     assert all(asked[-200:])
 
 
-def test_the_first_call_of_a_request_which_reads_its_prompt_does_not_count():
+@pytest.mark.parametrize("before", [0, 50], ids=["first, which reads the prompt", "one of many"])
+def test_one_slow_call_does_not_shut_it_out(before):
     rounds = Rounds(0.002)
-    rounds.seconds = 4.0
-    rounds.run(1, first=MISSES, united=FINDS, after=[5, 6, 9])
-    rounds.seconds = 0.002
-    assert all(rounds.run(100, first=MISSES, united=FINDS, after=[5, 6, 9]))
-
-
-def test_one_slow_call_among_many_does_not_shut_it_out():
-    rounds = Rounds(0.002)
-    rounds.run(50, first=MISSES, united=FINDS, after=[5, 6, 9])
+    rounds.run(before, first=MISSES, united=FINDS, after=[5, 6, 9])
     rounds.seconds = 4.0
     rounds.run(1, first=MISSES, united=FINDS, after=[5, 6, 9])
     rounds.seconds = 0.002
