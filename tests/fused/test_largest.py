@@ -103,6 +103,15 @@ def test_a_row_with_nan_has_none_and_the_others_have() -> None:
     np.testing.assert_array_equal(output.tops == -1, is_broken)
 
 
+@pytest.mark.parametrize("place", [0, 40, VOCAB - 1])
+def test_one_nan_among_finite_logits_leaves_none(place: int) -> None:
+    target = changed_head(lambda bias: bias.fill_(1.0))
+    target.decoder.head.bias[place] = torch.nan  # the check at load would refuse it before
+    output = run(target, 3)
+    assert output.logits.isnan().sum(dim=1).tolist() == [1, 1, 1]
+    assert set(output.tops.tolist()) == {-1}
+
+
 def test_a_row_of_minus_infinity_alone_has_none_and_single_ones_do_not_matter() -> None:
     def sink(bias: torch.Tensor) -> None:
         bias.fill_(-torch.inf)

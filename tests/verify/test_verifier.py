@@ -369,3 +369,31 @@ def test_what_cannot_be_verified_is_an_error() -> None:
             verify(bad, [job])
     with pytest.raises(ConfigError, match="position"):
         VerifyJob(start=0, params=PLAIN, rule=Rule.COUPLED, noise=NoiseKey(0), position=-1)
+
+
+def greedy_job(start: int, **options: object) -> VerifyJob:
+    params = SamplingParams(temperature=0.0)
+    return VerifyJob(
+        start=start, params=params, rule=Rule.GREEDY, noise=NoiseKey(0), position=0, **options
+    )
+
+
+def test_tokens_found_with_the_logits_are_taken_for_those_rows() -> None:
+    logits = torch.zeros(3, V)
+    tops = np.array([4, 2, 3])  # not what the logits say, so that it shows who was asked
+    verdicts = verify(logits, [greedy_job(row) for row in range(3)], tops)
+    assert [verdict.closing for verdict in verdicts] == [4, 2, 3]
+
+
+def test_rows_for_which_none_was_found_are_looked_at() -> None:
+    logits = torch.zeros(2, V)
+    logits[1, 2] = torch.nan
+    with pytest.raises(CapabilityError, match="row 1 is nan"):
+        verify(logits, [greedy_job(0), greedy_job(1)], np.array([0, -1]))
+
+
+def test_requests_beside_one_with_a_grammar_keep_their_own_rows() -> None:
+    logits = torch.eye(V)[[1, 2, 3]]
+    bound = greedy_job(0, allowed=lambda path: np.arange(V) == 4)
+    verdicts = verify(logits, [bound, greedy_job(1), greedy_job(2)], np.array([1, 2, 3]))
+    assert [verdict.closing for verdict in verdicts] == [4, 2, 3]
