@@ -84,11 +84,10 @@ struct Forward {
   float *normed, *qkv, *mixed, *inner, *y, *chosen, *scratch;
   mutable Meeting meeting;
   mutable std::vector<std::atomic<int64_t>> taken;  // per layer: items of attention
-  mutable std::vector<Counter> panels;              // of three products, one for each thread
   mutable std::vector<Best> best;                   // of each thread, one for each output
 
   Forward(const Model& model, const Step& step)
-      : m(model), s(step), plan(model, step), taken(model.layers), panels(3 * step.threads),
+      : m(model), s(step), plan(model, step), taken(model.layers),
         best(step.best ? step.threads * step.outputs : 0) {
     const int64_t heads = m.heads * m.head_dim, all_heads = heads + 2 * m.kv_heads * m.head_dim;
     float* next = s.work;
@@ -123,13 +122,9 @@ struct Forward {
 
   void meet(Worker me) const { meeting.wait(me.count); }
 
-  // turn: how many products came before, all of which threads met after.
   void product(const Matrix& w, const float* x, int64_t rows, float* out, int64_t stride,
-               Worker me, int64_t turn, bool gates = false, Best* own_best = nullptr) const {
-    // Nobody uses the next product's counters any more: that was two products ago.
-    panels[(turn + 1) % 3 * s.threads + me.index].reset();
-    Counter* counters = panels.data() + turn % 3 * s.threads;
-    Product{w, x, rows, out, stride, m, gates, counters, own_best}.run(me);
+               Worker me, bool gates = false, Best* own_best = nullptr) const {
+    Product{w, x, rows, out, stride, m, gates, own_best}.run(me);
   }
 
   void attend(const Layer& layer, int64_t index, Worker me) const {
@@ -159,22 +154,21 @@ struct Forward {
   }
 
   void run(Worker me) const {
-    int64_t turn = 0;
     for (int64_t l = 0; l < m.layers; l++) {
       const Layer& layer = m.layer[l];
       residual(l ? m.layer[l - 1].norm_output : nullptr, layer.norm_in,
                l ? s.capture[l - 1] : nullptr, normed, me, l > 0);
       meet(me);
-      product(layer.qkv, normed, s.rows, qkv, layer.qkv.outputs, me, turn++);
+      product(layer.qkv, normed, s.rows, qkv, layer.qkv.outputs, me);
       meet(me);
       attend(layer, l, me);
-      product(layer.out, mixed, s.rows, y, m.hidden, me, turn++);
+      product(layer.out, mixed, s.rows, y, m.hidden, me);
       meet(me);
       residual(layer.norm_attention, layer.norm_mlp, nullptr, normed, me, true);
       meet(me);
-      product(layer.gate_up, normed, s.rows, inner, m.inner, me, turn++, true);
+      product(layer.gate_up, normed, s.rows, inner, m.inner, me, true);
       meet(me);
-      product(layer.down, inner, s.rows, y, m.hidden, me, turn++);
+      product(layer.down, inner, s.rows, y, m.hidden, me);
       meet(me);
     }
     residual(m.layer[m.layers - 1].norm_output, m.norm, s.capture[m.layers - 1], s.normed, me,
@@ -185,12 +179,12 @@ struct Forward {
       memcpy(chosen + i * m.hidden, s.normed + s.output_rows[i] * m.hidden,
              m.hidden * sizeof(float));
     meet(me);
-    unembed(chosen, s.outputs, s.logits, me, turn);
+    unembed(chosen, s.outputs, s.logits, me);
   }
 
-  void unembed(const float* x, int64_t rows, float* logits, Worker me, int64_t turn) const {
+  void unembed(const float* x, int64_t rows, float* logits, Worker me) const {
     Best* own_best = best.empty() ? nullptr : best.data() + me.index * rows;
-    product(m.head, x, rows, logits, m.head.outputs, me, turn, false, own_best);
+    product(m.head, x, rows, logits, m.head.outputs, me, false, own_best);
     if (own_best) {
       meet(me);
       for (int64_t r = me.index; r < rows; r += me.count)
@@ -263,7 +257,7 @@ void dspark_forward(const Model* model, const Step* step) {
 void dspark_unembed(const Model* model, const Step* step) {  // normed [outputs, hidden] -> logits
   const Forward forward(*model, *step);
   in_threads(step->threads, [&](Worker me) {
-    forward.unembed(step->normed, step->outputs, step->logits, me, 0);
+    forward.unembed(step->normed, step->outputs, step->logits, me);
   });
 }
 

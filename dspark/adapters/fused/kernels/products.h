@@ -160,7 +160,6 @@ struct Product {
   int64_t out_stride;
   const Model& model;
   bool gates;
-  Counter* counters = nullptr;  // see Shares
   Best* best = nullptr;  // this thread's, one for each row; of a head without soft-cap
 
   void keep(int64_t panel, int64_t row, const Floats* sum) const {
@@ -200,12 +199,12 @@ struct Product {
   }
 
   void run_quantised(Worker me) const {
+    const int64_t first = me.first(matrix.panels), last = me.last(matrix.panels);
     const int64_t bytes = panel_bytes(matrix);
     static thread_local Rounded inputs;
     inputs.fill(x, rows, matrix.inputs);
     const int64_t tiles = (rows + QUANTISED_ROWS - 1) / QUANTISED_ROWS;
-    Shares panels(me, matrix.panels, counters);
-    for (int64_t panel; (panel = panels.take()) >= 0;) {
+    for (int64_t panel = first; panel < last; panel++) {
       const char* data = (const char*)matrix.data + panel * bytes;
       for (int64_t t = 0; t < tiles; t++) {  // of like size: 16 rows are 6, 5 and 5
         const int64_t a = rows * t / tiles, b = rows * (t + 1) / tiles;
@@ -219,6 +218,7 @@ struct Product {
   }
 
   void run_floats(Worker me) const {
+    int64_t first = me.first(matrix.panels), last = me.last(matrix.panels);
     int64_t block = std::max<int64_t>(1, 98304 / (matrix.inputs * MOST_ROWS)) * MOST_ROWS;
     const int64_t bytes = panel_bytes(matrix);
     const bool is_half = matrix.kind == BFLOAT16;
@@ -234,8 +234,7 @@ struct Product {
         pack_pairs(input, count * matrix.inputs, pairs.data());
         input = pairs.data();
       }
-      Shares panels(me, matrix.panels, block < rows ? nullptr : counters);  // for one block only
-      for (int64_t panel; (panel = panels.take()) >= 0;) {
+      for (int64_t panel = first; panel < last; panel++) {
         const char* data = (const char*)matrix.data + panel * bytes;
         for (int64_t t = 0; t < tiles; t++) {  // of like size: 16 rows are 8 and 8
           const int64_t a = start + count * t / tiles, b = start + count * (t + 1) / tiles;

@@ -25,41 +25,6 @@ struct Worker {
   int64_t last(int64_t items) const { return items * (index + 1) / count; }
 };
 
-// Things that threads take one by one, each its own share in order and then what others have left:
-// a thread that is slower for a moment keeps nobody waiting for more than one of them.
-class Counter {
- public:
-  void reset() { taken_.store(0, std::memory_order_relaxed); }
-  int64_t take() { return taken_.fetch_add(1, std::memory_order_relaxed); }
-
- private:
-  alignas(64) std::atomic<int64_t> taken_{0};
-};
-
-class Shares {
- public:
-  // counters: one for each thread, at 0; null: every thread takes its own share alone.
-  Shares(Worker me, int64_t items, Counter* counters)
-      : me_(me), items_(items), counters_(counters), next_(me.first(items)) {}
-
-  // The next one, or -1.
-  int64_t take() {
-    if (!counters_) return next_ < me_.last(items_) ? next_++ : -1;
-    for (; tried_ < me_.count; tried_++) {
-      const Worker owner{(me_.index + tried_) % me_.count, me_.count};
-      const int64_t item = owner.first(items_) + counters_[owner.index].take();
-      if (item < owner.last(items_)) return item;
-    }
-    return -1;
-  }
-
- private:
-  const Worker me_;
-  const int64_t items_;
-  Counter* const counters_;
-  int64_t next_, tried_ = 0;
-};
-
 static inline void pause_briefly() {
 #if defined(__x86_64__)
   _mm_pause();
