@@ -139,12 +139,14 @@ class ActiveRequest:
         """
         self.tokens.append(token)
         self.fresh.append(token)
-        if self.num_generated == 1:
+        size = len(self.tokens)
+        generated = size - len(self.prompt)
+        if generated == 1:
             self.stats.time_to_first_token = time.perf_counter() - self.submitted_at
         is_end = token in eos and not self.params.ignore_eos
         if is_end or self.output.push(token, is_drafted=is_drafted):
             self._end(FinishReason.STOP)
-        elif self.remaining(max_positions) <= 0:
+        elif generated >= self.params.max_tokens or size >= max_positions:
             self._end(FinishReason.LENGTH)
         elif self.masks is not None:
             self._advance(self.masks, token)

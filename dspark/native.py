@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from dspark.errors import ConfigError
@@ -28,6 +29,7 @@ __all__ = [
     "PATH_VARIABLE",
     "NotCompiled",
     "Sources",
+    "address_of",
     "compile_once",
     "wanted_path",
 ]
@@ -45,6 +47,12 @@ PATH_VARIABLE = "DSPARK_PATH"
 
 _SECONDS = 300
 """Time after which a compiler is given up on."""
+
+
+def address_of(array: np.ndarray) -> int:
+    """Where a contiguous array's numbers lie; `array.ctypes` makes an object first."""
+    place: int = array.__array_interface__["data"][0]
+    return place
 
 
 class NotCompiled(Exception):  # noqa: N818 - no error: there is a path without kernels

@@ -70,6 +70,8 @@ class OutputText:
         start = max(0, len(self._full) - self._hold)
         self._full += piece
         self._waiting.append(TextPiece(piece, is_drafted))
+        if not self._stop:
+            return False
         found = [i for i in (self._full.find(s, start) for s in self._stop) if i >= 0]
         if found:
             self._stopped_at = min(found)
@@ -84,10 +86,13 @@ class OutputText:
         """
         if not self._waiting:
             return []
+        out: list[TextPiece] = []
+        if not self._stop:  # nothing is held back or cut off
+            out, self._waiting = self._waiting, out
+            return out
         waiting = sum(len(piece.text) for piece in self._waiting)
         given = len(self._full) - waiting
         limit = len(self.text) - (0 if is_final else self._hold)
-        out: list[TextPiece] = []
         while self._waiting and given < limit:
             piece = self._waiting.pop(0)
             room = limit - given

@@ -197,7 +197,7 @@ class RoundCosts:
             self.reuse.record(rows, woken)
         if self._seen is not None:
             self._since_plain = 0 if rows == requests else self._since_plain + 1
-            profiled = float(self._with_experts(rows, 1, context)[0])
+            profiled = self._once(rows, context)
             self._seen.record(requests, self._alone(context), profiled, seconds)
 
     def record_overhead(self, draft: float, rest: float, drafted: int) -> None:
@@ -261,6 +261,13 @@ class RoundCosts:
             return seconds
         return self._seen.seconds(requests, self._alone(context), seconds)
 
+    def seen_once(self, rows: int, context: int, requests: int) -> float:
+        """As `seen`, for one number of rows."""
+        profiled = self._once(rows, context)
+        if self._seen is None:
+            return profiled
+        return self._seen.once(requests, self._alone(context), profiled)
+
     def rates(
         self,
         rows: int,
@@ -304,9 +311,19 @@ class RoundCosts:
 
     def _alone(self, context: int) -> float:
         """Seconds that the profile has for one row."""
+        return self._profiled(1, context)
+
+    def _profiled(self, rows: int, context: int) -> float:
+        """As `forwards`, for one number of rows."""
         curve = self._curves.get(_octave(context))
-        seconds = math.nan if curve is None else float(curve[1])
-        return float(self.forwards(1, 1, context)[0]) if math.isnan(seconds) else seconds
+        seconds = math.nan if curve is None or rows >= len(curve) else float(curve[rows])
+        return float(self.forwards(rows, 1, context)[0]) if math.isnan(seconds) else seconds
+
+    def _once(self, rows: int, context: int) -> float:
+        """As `_with_experts`, for one number of rows."""
+        if self.reuse is None:
+            return self._profiled(rows, context)
+        return float(self._with_experts(rows, 1, context)[0])
 
     def _with_experts(self, first: int, count: int, context: int) -> FloatArray:
         """As `forwards`, with as many experts as forwards were seen to wake."""
@@ -372,7 +389,7 @@ class FirstNode:
             price: Tokens that plain decoding makes in the time that drafting takes.
         """
         few = len(self._recent) < 4
-        if few or (max(self._recent) > bar and statistics.fmean(self._gains) >= price):
+        if few or (max(self._recent) > bar and sum(self._gains) >= price * len(self._gains)):
             self._wait, self._pause = 0, 8
             return True
         if self._wait == 0:

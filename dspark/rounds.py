@@ -266,7 +266,7 @@ class RoundRunner:
         request, tree = part.request, part.draft.proposal.tree
         tokens = [int(tree.token[node]) for node in verdict.path] + [verdict.closing]
         count = request.params.logprobs
-        before = request.num_generated
+        before, most = request.num_generated, self._target.info.max_positions
         for i, token in enumerate(tokens):
             if count is not None:
                 row = start if i == 0 else start + 1 + verdict.path[i - 1]
@@ -275,7 +275,7 @@ class RoundRunner:
                 token,
                 is_drafted=i < len(verdict.path),
                 eos=self._eos,
-                max_positions=self._target.info.max_positions,
+                max_positions=most,
             )
             if not goes_on:
                 break
@@ -348,12 +348,13 @@ class RoundRunner:
         count = len(decoding)
         certain = count + sum(part.draft.forced for part in decoding)
         nodes = sum(part.draft.doubtful.num_nodes for part in decoding)
-        seconds = self._costs.seen(certain, nodes + 1, _mean_context(decoding), count)
-        each = (seconds[-1] - seconds[0]) / max(nodes, 1)
+        context = _mean_context(decoding)
+        plain = self._costs.seen_once(certain, context, count)
+        each = (self._costs.seen_once(certain + nodes, context, count) - plain) / max(nodes, 1)
         for part in decoding:
             if part.draft.offered:
-                extra = draft + float(each) * part.draft.doubtful.num_nodes
-                part.request.switch.drafted(part.gained, extra, float(seconds[0]) / count)
+                extra = draft + each * part.draft.doubtful.num_nodes
+                part.request.switch.drafted(part.gained, extra, plain / count)
 
 
 def _mean_context(decoding: Sequence[_Part]) -> int:

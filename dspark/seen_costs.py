@@ -113,6 +113,12 @@ class SeenCosts:
         fixed = alone * (base - row + request * (requests - 1))
         return np.maximum(row * profiled + fixed, 0.1 * profiled)
 
+    def once(self, requests: int, alone: float, profiled: float) -> float:
+        """As `seconds`, of one forward."""
+        base, row, request = self.factors
+        fixed = alone * (base - row + request * (requests - 1))
+        return max(row * profiled + fixed, 0.1 * profiled)
+
 
 def _faded(sums: Sequence[float], new: Sequence[float]) -> list[float]:
     """Sums with a forward added, older ones fading."""

@@ -102,10 +102,12 @@ class TokenBatch:
                     f"a batch part of slot {part.slot} has {n} tokens, {len(part.positions)} "
                     f"positions and {len(part.parent)} parents, but needs equal lengths >= 1."
                 )
+        if len(parts) == 1:
+            return _batch_of(parts[0])
         ends = list(accumulate(sizes))
         starts = np.array([0, *ends[:-1]], dtype=np.int64)[: len(parts)]
         local = _joined([part.parent for part in parts])
-        first = starts.repeat(sizes) if len(parts) > 1 else np.zeros(1, dtype=np.int64)
+        first = starts.repeat(sizes)
         parent = local + first
         parent[local < 0] = -1
         # In a chain every row follows the one before it; only the first follows the context.
@@ -122,6 +124,18 @@ class TokenBatch:
             ),
             _joined([part.output_rows for part in parts]) + shift,
         )
+
+
+def _batch_of(part: BatchPart) -> TokenBatch:
+    """The batch of one part, as `TokenBatch.build` makes it."""
+    arrays = (part.token_ids, part.positions, part.parent, part.output_rows)
+    tokens, positions, parent, outputs = (np.asarray(a, dtype=np.int64) for a in arrays)
+    n = len(tokens)
+    parents = parent.tolist()
+    is_chain = parents == list(range(-1, n - 1))
+    if not is_chain and min(parents) < -1:
+        parent = np.maximum(parent, -1)
+    return TokenBatch(tokens, positions, parent, (RowSpan(part.slot, 0, n, is_chain),), outputs)
 
 
 def _joined(vectors: Sequence[Sequence[int] | IntArray]) -> IntArray:

@@ -295,7 +295,7 @@ class NativeLookup:
     ) -> list[Proposal]:
         """The nodes of a run as trees: parts of common arrays."""
         columns = np.empty((5, size), dtype=np.int64)
-        first, step = columns.ctypes.data, columns.strides[0]
+        first, step = native.address_of(columns), columns.strides[0]
         self._library.take(self._handle, *range(first, first + 4 * step, step))
         token, parent, depth, bits, law = columns
         survival = bits.view(np.float64)

@@ -31,12 +31,16 @@ import numpy as np
 from dspark.errors import ConfigError
 from dspark.tree import BoolArray, DraftTree, FloatArray, IntArray
 from dspark.verify.scheduler_drift import Drift, Outcome
+from dspark.verify.scheduler_few import FEW, search_few
 from dspark.verify.scheduler_setting import Schedule, ScheduleKind
 
 __all__ = ["Cut", "Load", "Offer", "Scheduler", "early_stop", "search"]
 
 _STATIC = (ScheduleKind.OFF, ScheduleKind.THRESHOLD, ScheduleKind.FIXED)
 """What goes by the proposal alone, not by time."""
+
+_SEARCHES = (ScheduleKind.AUTO, ScheduleKind.GLOBAL)
+"""What searches all numbers of nodes, where none is drawn."""
 
 _LAG = 2  # drafted rounds between the survivals that a budget comes from and its use
 
@@ -207,6 +211,10 @@ class Scheduler:
         some = [i for i, offer in enumerate(offers) if len(offer.tree.token)]
         if not some:
             return cuts
+        num_nodes = sum(len(offers[i].tree.token) for i in some)
+        searches = self._schedule.kind in _SEARCHES and load.rates is not None
+        if searches and num_nodes <= FEW and not any(o.is_drawn or o.is_promised for o in offers):
+            return self._plan_few(offers, load, num_nodes)
         flat = self._flatten([offers[i] for i in some])
         apart = _sharing_noise(offers)
         flat.num_apart = len(apart)
@@ -252,10 +260,9 @@ class Scheduler:
         if kind in _STATIC or load.rates is None:
             return 0.0
         stops = kind is ScheduleKind.EARLY_STOP or (is_drawn and kind is ScheduleKind.AUTO)
-        rates = load.rates(1 if stops else nodes)
-        count = np.arange(1, len(rates))
-        longer = rates[0] / rates[1:] - 1 + load.asking * rates[0]
-        return float((load.value * longer / count).min()) / weight
+        none, *rates = (float(rate) for rate in load.rates(1 if stops else nodes))
+        each = ((none / rate - 1 + load.asking * none) / n for n, rate in enumerate(rates, 1))
+        return load.value * min(each) / weight
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
         """Learn how often verified nodes were accepted, for later rounds.
@@ -286,19 +293,31 @@ class Scheduler:
         gains: list[float] = np.add.reduceat((flat.worth - each) * admitted, starts).tolist()
         return gains
 
+    def _plan_few(self, offers: Sequence[Offer], load: Load, num_nodes: int) -> list[Cut]:
+        """As `plan`: the search under one budget over a handful of nodes (`scheduler_few`)."""
+        trees = [offer.tree for offer in offers]
+        stated = [value for tree in trees for value in tree.survival.tolist()]
+        _check_stated(stated)
+        survival = self._drift.correct([(o.request_id, False) for o in offers], trees, stated)
+        weights = [offer.weight for offer in offers]
+        sizes = [len(tree.token) for tree in trees]
+        rates = [] if load.rates is None else load.rates(num_nodes).tolist()
+        found = search_few(survival, sizes, weights, rates, load.value)
+        return [Cut(*decided) for decided in found]
+
     def _flatten(self, offers: Sequence[Offer]) -> _Flat:
         trees = [offer.tree for offer in offers]
         start = np.zeros(len(trees) + 1, dtype=np.int64)
         np.cumsum([len(tree.token) for tree in trees], out=start[1:])
         survival = np.concatenate([tree.survival for tree in trees])
         if not (survival >= 0).all():  # false for NaN
-            raise ConfigError(
-                f"a drafted node has survival {survival[~(survival >= 0)][0]}, but must have one "
-                "in [0, 1]."
-            )
+            _check_stated(survival.tolist())
         if self._schedule.kind not in _STATIC:
             owners = [(offer.request_id, offer.is_drawn) for offer in offers]
-            survival = self._drift.correct(owners, trees, start, survival)
+            values = survival.tolist()
+            corrected = self._drift.correct(owners, trees, values)
+            if corrected is not values:
+                survival = np.array(corrected)
         flat = _Flat(offers, survival, survival, start)
         weights = [offer.weight for offer in offers]
         if any(weight != 1 for weight in weights):
@@ -386,6 +405,12 @@ class Scheduler:
             if past is None:
                 past = self._budgets[offer.request_id] = deque(maxlen=_LAG)
             past.append(counts[i])
+
+
+def _check_stated(survival: Sequence[float]) -> None:
+    for value in survival:
+        if not value >= 0:  # NaN is neither
+            raise ConfigError(f"a drafted node has survival {value}, but must have one in [0, 1].")
 
 
 def _sharing_noise(offers: Sequence[Offer]) -> set[int]:

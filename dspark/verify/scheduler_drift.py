@@ -29,9 +29,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from dspark.tree import DraftTree, FloatArray, IntArray
+from dspark.tree import DraftTree
 
 __all__ = ["Drift", "Outcome"]
 
@@ -110,34 +108,32 @@ class Drift:
         self,
         owners: Sequence[tuple[int, bool]],
         trees: Sequence[DraftTree],
-        start: IntArray,
-        survival: FloatArray,
-    ) -> FloatArray:
+        values: list[float],
+    ) -> list[float]:
         """Survival as past rounds teach it, never above 1 or the parent's.
 
         Args:
             owners: Of each tree, the request and whether its rule draws from laws.
             trees: The trees.
-            start: int64 [trees + 1], first node of each.
-            survival: float64 [N], of all nodes end to end.
+            values: Survival of all nodes, [N], end to end.
 
         Returns:
-            float64 [N]; `survival` itself where there is nothing to correct.
+            [N]; `values` itself where there is nothing to correct.
         """
         if not (self._scale or self._own or self._shared.differs):
-            return survival
-        values = survival.tolist()
+            return values
         corrected: list[float] = []
-        for (owner, is_drawn), tree, first in zip(owners, trees, start.tolist(), strict=False):
+        for (owner, is_drawn), tree in zip(owners, trees, strict=True):
             record = self._own.get(owner) if is_drawn else self._shared
             scale = self._scale.get(owner, 1.0)
             factors = _NONE if record is None else record.factors
+            first = len(corrected)
             nodes = zip(tree.depth.tolist(), tree.parent.tolist(), strict=True)
             for node, (depth, parent) in enumerate(nodes, start=first):
                 value = values[node] * factors[min(depth, _DEPTHS)] * scale
                 above = 1.0 if parent < 0 else corrected[first + parent]
                 corrected.append(min(value, above))
-        return np.array(corrected)
+        return corrected
 
     # -- inside -------------------------------------------------------------------------------
 
@@ -176,8 +172,8 @@ class _Record:
 
     def __init__(self, fade: float) -> None:
         self._fade = fade
-        self._accepted = [0.0] * _SIZE
-        self._predicted = [0.0] * _SIZE
+        self._accepted = [0.0]  # as deep as any tree was
+        self._predicted = [0.0]
         self._told = list(_NONE)
         self._exact: list[float] = []
         self.factors: Sequence[float] = _NONE
@@ -193,17 +189,23 @@ class _Record:
             tree = outcome.tree
             if not len(tree.token):
                 continue
-            for depth, value in zip(tree.depth.tolist(), tree.survival.tolist(), strict=True):
+            depths = tree.depth.tolist()
+            missing = min(max(depths), _DEPTHS) + 1 - len(predicted)
+            if missing > 0:
+                predicted += [0.0] * missing
+                accepted += [0.0] * missing
+            for depth, value in zip(depths, tree.survival.tolist(), strict=True):
                 predicted[min(depth, _DEPTHS)] += value
             for depth in range(min(outcome.accepted, _DEPTHS) + 1):
                 accepted[depth] += 1.0
-            accepted[-1] += max(outcome.accepted - _DEPTHS, 0)
+            if outcome.accepted > _DEPTHS:
+                accepted[_DEPTHS] += outcome.accepted - _DEPTHS
         self._update()
 
     def _update(self) -> None:
         """Work the factors out again."""
         accepted, predicted = self._accepted, self._predicted
-        deepest = _DEPTHS
+        deepest = len(predicted) - 1
         while deepest and predicted[deepest] <= 1e-3:
             deepest -= 1
         found = 1.0

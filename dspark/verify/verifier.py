@@ -141,12 +141,14 @@ def verify(
         ConfigError: If a rule cannot verify the tree it was given.
         DataError: If a draft law is not a law.
     """
-    free = [j for j, job in enumerate(jobs) if job.allowed is None]
-    verdicts = dict(zip(free, _verify_free(logits, [jobs[j] for j in free], tops), strict=True))
-    for j, job in enumerate(jobs):
-        if job.allowed is not None:
-            verdicts[j] = _verify_constrained(logits, job)
-    return [verdicts[j] for j in range(len(jobs))]
+    free = [job for job in jobs if job.allowed is None]
+    judged = _verify_free(logits, free, tops)
+    if len(free) == len(jobs):
+        return judged
+    others = iter(judged)
+    return [
+        next(others) if job.allowed is None else _verify_constrained(logits, job) for job in jobs
+    ]
 
 
 def _verify_free(logits: Tensor, jobs: Sequence[VerifyJob], tops: IntArray | None) -> list[Verdict]:
@@ -155,9 +157,10 @@ def _verify_free(logits: Tensor, jobs: Sequence[VerifyJob], tops: IntArray | Non
         return []
     if all(_takes_likeliest(job) for job in jobs):
         rows = _rows_of(logits, jobs)
-        if tops is None or rows is not logits or bool((tops < 0).any()):
-            return _verify_unshaped(likeliest_unshaped(rows), jobs)
-        return _verify_unshaped(tops.tolist(), jobs)
+        tokens = tops.tolist() if tops is not None and rows is logits else [-1]
+        if min(tokens) < 0:
+            tokens = likeliest_unshaped(rows)
+        return _verify_unshaped(tokens, jobs)
     starts = np.cumsum([0, *(job.num_rows for job in jobs)])
     shaped = _shape(_rows_of(logits, jobs), jobs)
     verdicts: dict[int, Verdict] = {}

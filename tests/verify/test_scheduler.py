@@ -128,6 +128,21 @@ def test_the_global_search_equals_brute_force(made: tuple, seconds: list[float])
     assert theta(offers, admitted, load) == pytest.approx(best_theta(offers, load), rel=1e-12)
 
 
+@given(made=rounds(), seconds=st.one_of(jagged, lines))
+def test_a_handful_of_nodes_is_searched_as_many_are(made: tuple, seconds: list[float]) -> None:
+    """Below `FEW` nodes the search runs on lists: the same nodes, bit for bit the same worth."""
+    offers, value = made
+    load = load_of(seconds, value)
+    few = Scheduler(Schedule.parse("auto")).plan(offers, load)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dspark.verify.scheduler.FEW", -1)
+        many = Scheduler(Schedule.parse("auto")).plan(offers, load)
+    kept, expected = ([keep.tolist() for keep in masks(offers, cuts)] for cuts in (few, many))
+    assert kept == expected
+    assert [cut.first for cut in few] == [cut.first for cut in many]
+    assert [cut.gain for cut in few] == pytest.approx([cut.gain for cut in many], abs=1e-12)
+
+
 @given(made=rounds(drawn=None), seconds=lines)
 def test_with_one_peak_early_stop_equals_brute_force_whatever_the_rules(
     made: tuple, seconds: list[float]

@@ -29,8 +29,7 @@ def played(
 
 
 def believed(drift: Drift, tree: DraftTree, *, is_drawn: bool = False, who: int = 0) -> np.ndarray:
-    start = np.array([0, tree.num_nodes])
-    return drift.correct([(who, is_drawn)], [tree], start, tree.survival)
+    return np.array(drift.correct([(who, is_drawn)], [tree], tree.survival.tolist()))
 
 
 STATED = [0.9**depth for depth in range(1, 6)]

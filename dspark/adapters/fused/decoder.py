@@ -15,6 +15,7 @@ from dspark.adapters.fused.library import Library
 from dspark.adapters.fused.packing import KINDS, PackedMatrix, pack_gated, pack_stacked
 from dspark.adapters.hf.store import StoreCache
 from dspark.adapters.quantise import head_quant
+from dspark.native import address_of
 from dspark.target import TokenBatch
 
 __all__ = ["FusedDecoder"]
@@ -122,7 +123,7 @@ class FusedDecoder:
         return rows
 
     def forward(
-        self, batch: TokenBatch, cache: StoreCache, wanted: Sequence[int]
+        self, batch: TokenBatch, cache: StoreCache, wanted: Sequence[int], reach: int
     ) -> tuple[Tensor, Mapping[int, Tensor], np.ndarray | None]:
         """Run a batch; its rows' K/V are written behind the slots' contexts.
 
@@ -130,6 +131,7 @@ class FusedDecoder:
             batch: The rows; `cache.begin` was called with it.
             cache: A store in `kept`, without columns of sums.
             wanted: Layers whose outputs to keep, -1 to the number of layers.
+            reach: One past the largest position of a row.
 
         Returns:
             Logits of the output rows, float32 [M, V] rounded to the model's dtype, and
@@ -137,15 +139,18 @@ class FusedDecoder:
         """
         n, outputs = batch.num_rows, len(batch.output_rows)
         kept: dict[int, Tensor] = {}
+        # numpy where torch would do: its first touch of an operation between two forwards, which
+        # leave nothing else in the caches, takes ten times as long as the operation.
         if self._table is None or -1 in wanted:
-            kept[-1] = self.embed(torch.from_numpy(batch.token_ids))
-            x = kept[-1].to(torch.float32, copy=True).contiguous()
+            with torch.no_grad():
+                kept[-1] = self.embed(torch.from_numpy(batch.token_ids))
+                x = kept[-1].to(torch.float32, copy=True).contiguous().numpy()
         else:
-            x = torch.from_numpy(_widened(self._table, batch.token_ids))
+            x = _widened(self._table, batch.token_ids)
         for layer in wanted:
             if 0 <= layer < self.num_layers:
-                kept[layer] = torch.empty_like(x)
-        normed = torch.empty_like(x)
+                kept[layer] = torch.empty(x.shape)
+        normed = np.empty_like(x)
         logits = torch.empty(outputs, self.head.outputs)
         spans, pieces, columns = _places(batch, cache)
         capture = self._no_capture
@@ -153,7 +158,7 @@ class FusedDecoder:
             capture = (ctypes.c_void_p * self.num_layers)(
                 *(structures.address(kept.get(layer)) for layer in range(self.num_layers))
             )
-        tables = self._tables(int(batch.positions.max()) + 1)
+        tables = self._tables(reach)
         arrays = [_int64(a) for a in (batch.positions, batch.parent, batch.output_rows)]
         threads = torch.get_num_threads()
         # A soft-cap may make logits equal that were not.
@@ -165,18 +170,18 @@ class FusedDecoder:
             threads,
             ctypes.addressof(spans),
             ctypes.addressof(pieces),
-            *(a.ctypes.data for a in arrays),
+            *(address_of(a) for a in arrays),
             ctypes.addressof(tables),
-            structures.address(x),
+            address_of(x),
             ctypes.addressof(capture),
-            structures.address(normed),
-            structures.address(logits),
+            address_of(normed),
+            logits.data_ptr(),
             self._room(n, outputs, columns, threads),
-            None if best is None else best.ctypes.data,
+            None if best is None else address_of(best),
         )
         self._library.forward(ctypes.addressof(self._model), ctypes.addressof(step))
         if self.num_layers in wanted:
-            kept[self.num_layers] = normed
+            kept[self.num_layers] = torch.from_numpy(normed)
         return logits, {k: kept[k].to(self.dtype) for k in wanted}, best
 
     def unembed(self, hidden: Tensor) -> Tensor:
@@ -260,12 +265,7 @@ def _places(
             structures.Span(span.start, rows, state.length, len(pieces), len(state.pieces), shape)
         )
         for piece in state.pieces:
-            keys, values = piece.segment.keys[0], piece.segment.values[0]
-            pieces.append(
-                structures.Piece(
-                    piece.start, piece.columns, keys.shape[2], keys.data_ptr(), values.data_ptr()
-                )
-            )
+            pieces.append(structures.Piece(piece.start, piece.columns, *piece.segment.places[0]))
     places = (structures.Span * len(spans))(*spans), (structures.Piece * len(pieces))(*pieces)
     return *places, columns
 

@@ -99,7 +99,6 @@ class FusedTarget:
             sum_columns=0,
         )
 
-    @torch.inference_mode()
     def forward(
         self, batch: TokenBatch, cache: Cache, *, capture: Sequence[int] = ()
     ) -> TargetOutput:
@@ -111,9 +110,10 @@ class FusedTarget:
         """
         if not isinstance(cache, StoreCache) or cache.layout != (self.decoder.kept, 0):
             raise CapabilityError(f"{self._info.name} cannot use a {type(cache).__name__}.")
-        if batch.num_rows and int(batch.positions.max()) >= self._info.max_positions:
+        last = max(batch.positions.tolist(), default=-1)
+        if last >= self._info.max_positions:
             raise CapabilityError(
-                f"position {int(batch.positions.max())} is past the longest context of "
+                f"position {last} is past the longest context of "
                 f"{self._info.name}, {self._info.max_positions} tokens."
             )
         for layer in capture:
@@ -124,7 +124,7 @@ class FusedTarget:
                     "for what the output head gets."
                 )
         cache.begin(batch)
-        logits, kept, best = self.decoder.forward(batch, cache, capture)
+        logits, kept, best = self.decoder.forward(batch, cache, capture, last + 1)
         largest = None if best is None else Largest(best, logits)
         return TargetOutput(logits, {layer: kept[layer] for layer in capture}, largest)
 

@@ -61,12 +61,18 @@ class Segment:
         keys: One [L, H, T, d] tensor for every group of layers of one shape.
         values: The same with columns of ones behind, [L, H, T, d + sum columns].
         users: Slots that refer to it.
+        places: Of each group: columns of the segment, and where its K and its V lie in memory.
     """
 
     pages: int
     keys: list[Tensor]
     values: list[Tensor]
     users: int = 0
+    places: list[tuple[int, int, int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        pairs = zip(self.keys, self.values, strict=True)
+        self.places = [(k.shape[2], k.data_ptr(), v.data_ptr()) for k, v in pairs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,10 +285,10 @@ class StoreCache:
                     f"slot {span.slot} has room for {state.capacity - state.length} rows, not "
                     f"{rows}: reserve them first."
                 )
-            parent = batch.parent[span.start : span.stop]
-            local = np.where(parent < 0, -1, parent - span.start)
-            tokens = batch.token_ids[span.start : span.stop]
-            state.pending = (tokens.tolist(), local.tolist())
+            first = span.start
+            parents = batch.parent[first : span.stop].tolist()
+            local = [parent - first if parent >= 0 else -1 for parent in parents]
+            state.pending = (batch.token_ids[first : span.stop].tolist(), local)
 
     def write(self, layer: int, state: SlotState, key: Tensor, value: Tensor) -> None:
         """Write one layer's rows behind the committed context.
