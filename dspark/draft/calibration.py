@@ -4,23 +4,25 @@ The children of a node are looked at in order: by rank where tokens are compared
 where they are drawn. With h_r the chance that child r is accepted if verification came to their
 parent and the children before it were not,
 
-    h_r   = sigmoid((b_r + w_r z_r + g_r c + e_d) / T_d)
+    h_r   = sigmoid((b_r + w_r z_r + u_r sigmoid(z_r) + g_r c + e_d) / T_d)
     rho_r = h_r (1 - h_0) ... (1 - h_(r-1)), no more than rho_(r-1)
 
 c is the confidence logit of the parent (0 without such a head), d the children's depth, and z_r the
 log odds of child r among what the children before it left of the draft's law,
 
-    z_r = log p_r - log(1 - p_0 - ... - p_r).
+    z_r = log p_r - log(1 - p_0 - ... - p_r),
 
+so sigmoid(z_r) is its share of that. z alone rises without end where the draft is certain, and so
+would h; the target is not certain there (docs/log.md, 2026-11-24). The share bends the curve.
 The sum of siblings' rho is at most 1 whatever the numbers, no child is rated above one before it,
-and how many children are looked at changes none of them. With b = e = g = 0 and w = T = 1, rho is
-p: the draft's own law, which is what the engine takes where nothing was fitted.
+and how many children are looked at changes none of them. With b = u = e = g = 0 and w = T = 1,
+rho is p: the draft's own law, which is what the engine takes where nothing was fitted.
 
-**Rules that draw from laws** (rejection, block): w is 0. What a child is worth must be known before
-its token is drawn, and z_r is the drawn token's (docs/scheduling.md). The confidence is the
-parent's: it follows from tokens drawn above.
+**Rules that draw from laws** (rejection, block): w and u are 0. What a child is worth must be
+known before its token is drawn, and z_r is the drawn token's (docs/scheduling.md). The confidence
+is the parent's: it follows from tokens drawn above.
 
-Special cases: a draft's confidence c_k for chains is b = w = e = 0, g = T = 1; with T_d it is
+Special cases: a draft's confidence c_k for chains is b = w = u = e = 0, g = T = 1; with T_d it is
 sequential temperature scaling (DSpark, arXiv 2607.05147, section 3.2.1).
 
 Letters: R ranks, D depths, N nodes whose children are rated, W children of each.
@@ -78,6 +80,7 @@ class SurvivalMap:
     Attributes:
         bias: float64 [R], b by rank; later ranks use the last.
         share: float64 [R], w >= 0; 0 under rules that draw from laws.
+        lift: float64 [R], u >= 0, likewise; None is 0 for all.
         confidence: float64 [R], g; the first >= 0.
         depth: float64 [D], e of depth 1, 2, ...; deeper ones use the last.
         temperature: float64 [D], T > 0.
@@ -93,22 +96,30 @@ class SurvivalMap:
     confidence: FloatArray
     depth: FloatArray
     temperature: FloatArray
+    lift: FloatArray | None = None
     chances: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        for names in (("bias", "share", "confidence"), ("depth", "temperature")):
+        if self.lift is None:
+            object.__setattr__(self, "lift", np.zeros(len(self.bias)))
+        for names in (("bias", "share", "lift", "confidence"), ("depth", "temperature")):
             sizes = {len(getattr(self, name)) for name in names}
             if len(sizes) != 1 or not 1 <= sizes.pop() <= _MOST_ENTRIES:
                 raise DataError(f"{' and '.join(names)} of a survival map differ in length.")
-        for name in ("bias", "share", "confidence", "depth", "temperature"):
+        for name in ("bias", "share", "lift", "confidence", "depth", "temperature"):
             if not np.isfinite(getattr(self, name)).all():
                 raise DataError(f"{name} of a survival map is not finite.")
         if (self.temperature <= 0).any():
             raise DataError("a temperature of a survival map is not above 0.")
-        if (self.share < 0).any() or self.confidence[0] < 0:
+        if (self.share < 0).any() or (self.lifts < 0).any() or self.confidence[0] < 0:
             raise DataError("a survival map falls where the draft is surer.")
         if not all(0 < chance < 1 for chance in self.chances):
             raise DataError("chances of a survival map must be between 0 and 1.")
+
+    @property
+    def lifts(self) -> FloatArray:
+        """`lift`, which is never None once the map is made."""
+        return np.zeros(len(self.bias)) if self.lift is None else self.lift
 
     @property
     def reads_confidence(self) -> bool:
@@ -126,7 +137,9 @@ class SurvivalMap:
         """Log odds of h; the arguments are those of `rates`."""
         logits = _first(self.bias, width)
         if share is not None:
-            logits = logits + _first(self.share, width) * log_odds(share)
+            odds = log_odds(share)
+            logits = logits + _first(self.share, width) * odds
+            logits += _first(self.lifts, width) / (1 + np.exp(-odds))
         if confidence is not None and self.reads_confidence:
             sure = np.array([held_logit(value) for value in confidence])
             logits = logits + _first(self.confidence, width) * sure[:, None]
@@ -183,7 +196,10 @@ class SurvivalMap:
         Raises:
             DataError: If a field is missing or holds anything but numbers.
         """
-        read = {field.name: _numbers(row, field.name) for field in fields(SurvivalMap)}
+        names = [field.name for field in fields(SurvivalMap)]
+        if "lift" not in row:  # files from before there was one
+            names.remove("lift")
+        read = {name: _numbers(row, name) for name in names}
         chances = tuple(read.pop("chances"))
         arrays = {name: np.array(values, dtype=np.float64) for name, values in read.items()}
         return SurvivalMap(**arrays, chances=chances)
@@ -230,7 +246,7 @@ class Calibration:
 
     def __init__(self, maps: Mapping[CalibrationKey, SurvivalMap]) -> None:
         for key, found in maps.items():
-            if key.rule.draws_from_laws and found.share.any():
+            if key.rule.draws_from_laws and (found.share.any() or found.lifts.any()):
                 raise DataError(
                     f"the survival map of rule {key.rule.value!r} reads draft probabilities, but "
                     "must not depend on the token that is drawn."

@@ -7,13 +7,13 @@ outcomes exclude each other, and this order of looking at them is what makes the
 Parameters have normal priors around what the engine takes without a fit, so that a rank or depth
 seldom seen stays near it:
 
-    where tokens are compared   b 0, w 1 (the draft's own law), g 0
+    where tokens are compared   b 0, w 1 (the draft's own law), u 0, g 0
     where tokens are drawn      b log odds of .6 / (1 + r / 2), g 0; with a confidence head the
                                 first child has b 0, g 1 (the head's own claim)
-    standard deviations         b 2, w .5, g .5, e .5
+    standard deviations         b 2, w .5, u 2, g .5, e .5
 
-w and the first child's g are held to >= 0, so that a child is never worth less where the draft is
-surer of it.
+w, u and the first child's g are held to >= 0, so that a child is never worth less where the draft
+is surer of it.
 
 **Temperatures of chains.** For position 1, 2, ..., given the scaled steps before it, T_k is chosen
 on a grid so that the product of the steps is calibrated against the accepted prefix: the least ECE,
@@ -49,6 +49,7 @@ __all__ = [
 
 _BIAS_SPREAD = 2.0
 _SLOPE_SPREAD = 0.5
+_LIFT_SPREAD = 2.0
 _GRID = np.logspace(-1, 1, 81)
 _TOLERANCE = 1e-3  # ECE that is given up for a temperature nearer to 1, and
 _CHANCE = 0.2  # as a share of what the ECE of a perfect estimate would be
@@ -232,7 +233,8 @@ def _fit_steps(
 ) -> SurvivalMap:
     ranks = int(trials.rank.max()) + 1
     by_rank = np.eye(ranks)[trials.rank]
-    blocks = [by_rank, by_rank * trials.odds[:, None], by_rank * trials.confidence[:, None]]
+    odds, own = trials.odds[:, None], 1 / (1 + np.exp(-trials.odds[:, None]))
+    blocks = [by_rank, by_rank * odds, by_rank * own, by_rank * trials.confidence[:, None]]
     rows = np.concatenate([*blocks, np.eye(depths)[trials.depth - 1]], axis=1)
     bias, share, sure = np.zeros(ranks), np.full(ranks, 1.0 - is_drawn), np.zeros(ranks)
     if is_drawn:
@@ -240,20 +242,26 @@ def _fit_steps(
         bias = np.log(prior / (1 - prior))
         if has_confidence:
             bias[0], sure[0] = 0.0, 1.0
-    center = np.concatenate([bias, share, sure, np.zeros(depths)])
+    sizes = [ranks] * 4 + [depths]
+    center = np.concatenate([bias, share, np.zeros(ranks), sure, np.zeros(depths)])
     spread = np.repeat(
-        [_BIAS_SPREAD, _SLOPE_SPREAD, _SLOPE_SPREAD, _SLOPE_SPREAD], [ranks] * 3 + [depths]
+        [_BIAS_SPREAD, _SLOPE_SPREAD, _LIFT_SPREAD, _SLOPE_SPREAD, _SLOPE_SPREAD], sizes
     )
-    is_free = np.repeat([True, not is_drawn, has_confidence, True], [ranks] * 3 + [depths])
-    is_rising = np.repeat([False, True, False, False], [ranks] * 3 + [depths])
-    is_rising[2 * ranks] = True  # the first child's confidence
+    is_free = np.repeat([True, not is_drawn, not is_drawn, has_confidence, True], sizes)
+    is_rising = np.repeat([False, True, True, False, False], sizes)
+    is_rising[3 * ranks] = True  # the first child's confidence
     found = np.where(is_free, 0.0, center)
     found[is_free] = fit_logistic(
         rows[:, is_free], trials.hit, center[is_free], spread[is_free], is_rising[is_free]
     )
-    bias, share, sure, offset = np.split(found, [ranks, 2 * ranks, 3 * ranks])
+    bias, share, lift, sure, offset = np.split(found, ranks * np.arange(1, 5))
     return SurvivalMap(
-        bias=bias, share=share, confidence=sure, depth=offset, temperature=np.ones(depths)
+        bias=bias,
+        share=share,
+        lift=lift,
+        confidence=sure,
+        depth=offset,
+        temperature=np.ones(depths),
     )
 
 

@@ -54,6 +54,7 @@ def wild(seed: int, *, is_drawn: bool) -> SurvivalMap:
     return SurvivalMap(
         bias=rng.normal(size=3) * 3,
         share=np.zeros(3) if is_drawn else np.abs(rng.normal(size=3)) * 3,
+        lift=np.zeros(3) if is_drawn else np.abs(rng.normal(size=3)) * 3,
         confidence=np.abs(rng.normal(size=3)) * 4,
         depth=rng.normal(size=2) * 3,
         temperature=np.exp(rng.normal(size=2)),
@@ -116,6 +117,22 @@ def test_order_is_kept() -> None:
             own = np.linspace(0.01, 0.99, 30) if share is None else np.array(share)
             rates = rating.rates([1] * 30, 1, share=own[:, None], confidence=list(confidence))
             assert (np.diff(rates[:, 0]) >= 0).all()
+
+
+def test_a_lift_bends_the_curve_where_the_draft_is_certain() -> None:
+    """By its share of what the children before it left: .5, then .6 of the other half."""
+    rating = survival_map(2, 1, bias=[-2.0, -1.0], share=[0.0, 0.5], lift=[3.0, 2.0])
+    first, second = rating.rates([1], 2, share=np.array([[0.5, 0.3]]))[0]
+    chance = 1 / (1 + np.exp(-np.array([-2 + 3 * 0.5, -1 + 0.5 * np.log(0.6 / 0.4) + 2 * 0.6])))
+    np.testing.assert_allclose([first, second], [chance[0], min(first, (1 - first) * chance[1])])
+    certain = rating.rates([1], 1, share=np.array([[1 - 1e-9]]))[0, 0]
+    assert certain == pytest.approx(1 / (1 + np.exp(-1.0)), abs=1e-6)
+
+
+def test_a_map_from_before_there_was_a_lift_is_read_as_without_one() -> None:
+    row = wild(1, is_drawn=True).to_json()
+    del row["lift"]
+    assert not SurvivalMap.from_json(row).lifts.any()
 
 
 def test_temperatures_alone_scale_the_confidence() -> None:

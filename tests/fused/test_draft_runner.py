@@ -255,6 +255,7 @@ def survival_map(kind, generator):
     return SurvivalMap(
         bias=generator.normal(size=ranks),
         share=np.abs(generator.normal(size=ranks)),
+        lift=np.abs(generator.normal(size=ranks)),
         confidence=confidence,
         depth=generator.normal(size=depths),
         temperature=np.exp(generator.normal(size=depths) / 3),

@@ -176,7 +176,7 @@ class Rating(ctypes.Structure):
     """A survival map (kernels/grow.h)."""
 
     _fields_ = tuple(
-        (name, c_void_p) for name in ("bias", "share", "confidence", "depth", "temperature")
+        (name, c_void_p) for name in ("bias", "share", "lift", "confidence", "depth", "temperature")
     )
 
 

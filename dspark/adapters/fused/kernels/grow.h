@@ -15,7 +15,7 @@
 extern "C" {
 
 struct Rating {  // a survival map: by rank up to the width, and by depth
-  const double *bias, *share, *confidence;
+  const double *bias, *share, *lift, *confidence;
   const double *depth, *temperature;
 };
 
@@ -189,7 +189,8 @@ struct GrowStep {
     for (int64_t k = 0; k < width; k++) {
       left -= share[k];
       const double odds = std::log(std::max(share[k], LEAST)) - std::log(std::max(left, LEAST));
-      double logit = m.bias[k] + m.share[k] * odds + m.confidence[k] * sure;
+      double logit = m.bias[k] + m.share[k] * odds + m.lift[k] / (1.0 + std::exp(-odds));
+      logit += m.confidence[k] * sure;
       logit = (logit + m.depth[level]) / m.temperature[level];
       logit = std::min(std::max(logit, -LIMIT), LIMIT);
       const double hazard = 1.0 / (1.0 + std::exp(-logit));
