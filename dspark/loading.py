@@ -145,12 +145,7 @@ def build_drafter(spec: str, loaded: LoadedTarget, options: LoadOptions) -> Draf
         own = _own_drafter(loaded.target)
         if own is not None:
             return _calibrated(own, loaded.folder, loaded)
-        shipped = find_shipped(loaded.folder)
-        if shipped is None:
-            corpus = find_corpus(loaded.folder)
-            name = None if corpus is None else corpus.parent.name
-            return _lookup(corpus, loaded, options.path, name)
-        spec = str(shipped)
+        return _shipped_drafter(loaded, options)
     head, plus, rest = spec.partition("+")
     if plus and not Path(spec).expanduser().exists():  # a folder may have a + in its name
         from dspark.draft.combined import CombinedDrafter
@@ -166,6 +161,17 @@ def build_drafter(spec: str, loaded: LoadedTarget, options: LoadOptions) -> Draf
         path = spec.partition(":")[2]
         return _lookup(Path(path).expanduser() if path else None, loaded, options.path)
     return _draft_from_folder(spec, loaded, options)
+
+
+def _shipped_drafter(loaded: LoadedTarget, options: LoadOptions) -> Drafter:
+    """What comes with the package for a model: its corpus, else a draft module; else plain lookup.
+
+    A corpus costs next to nothing, so where there is one a module has to be asked for.
+    """
+    corpus, shipped = find_corpus(loaded.folder), find_shipped(loaded.folder)
+    if corpus is not None or shipped is None:
+        return _lookup(corpus, loaded, options.path, None if corpus is None else corpus.parent.name)
+    return _draft_from_folder(str(shipped), loaded, options)
 
 
 def _own_drafter(target: Target) -> Drafter | None:

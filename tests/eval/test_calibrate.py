@@ -231,7 +231,7 @@ def test_a_planted_map_is_found_again(is_drawn: bool) -> None:
 
 
 def test_a_target_less_certain_than_the_draft_is_found() -> None:
-    """At temperature 1 a token that the draft is sure of is accepted seven times in ten, no more."""
+    """At temperature 1 a token that the draft is sure of is accepted at .7 at most."""
     real = truth(is_drawn=False, width=1, depth=1)
     real = replace(real, bias=np.array([-3.0]), share=np.zeros(1), lift=np.array([4.0]))
     found = fit_map(planted(6000, real, is_drawn=False), is_drawn=False, is_chain=True)
