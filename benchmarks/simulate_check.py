@@ -5,7 +5,8 @@ verified, and drafting, the rest of a round and prefill are timed on prompts of 
 these three the throughput at each concurrency is predicted; then the engine answers the prompts
 with that concurrency. Nothing of the runs that are compared goes into the prediction. Where memory
 is shared with other machines its speed changes from minute to minute, so steps are measured anew
-before every run, and a run is compared with the prediction from those.
+before every run, and a run is compared with the prediction from those; prompts take as much longer
+or shorter than when they were timed as the largest step does.
 
     python benchmarks/simulate_check.py --draft lookup --prompts 24 --max-tokens 64 --out check.json
 
@@ -96,6 +97,21 @@ def _measured_costs(
         prefill_rate=prompts / prefill,
         stated=(f"draft {draft}, rest {rest}, prefill {prompts / prefill:.0f} tokens/s",),
     )
+
+
+def _steps_now(engine: Engine, given: str | None, profile: Profile) -> Profile:
+    """Steps measured anew; those of the file if one was given."""
+    if given is not None:
+        return profile
+    return measure_profile(engine.target, _AGAIN, codec=engine.codec)
+
+
+def _prefill_rate(costs: Costs, then: Profile, now: Profile) -> float | None:
+    """Prompt tokens a second at the speed that the machine has now."""
+    if costs.prefill_rate is None:
+        return None
+    before, after = (seconds_for(profile, max(_AGAIN.rows), 128) for profile in (then, now))
+    return costs.prefill_rate * before / after
 
 
 def _predict(
@@ -191,6 +207,7 @@ def main() -> None:
         _policy(options.schedule, options.width): OwnRunner(engine, params, auto_off=False),
     }
     print("timing what is no step", file=sys.stderr)
+    timed_at = _steps_now(engine, options.profile, profile)
     costs = {
         name: _measured_costs(runner, apart, levels, profile) for name, runner in runners.items()
     }
@@ -201,9 +218,8 @@ def main() -> None:
         for level in levels:
             for name, runner in runners.items():
                 print(f"turn {turn + 1}: {name}, concurrency {level}", file=sys.stderr)
-                if options.profile is None:
-                    profile = measure_profile(engine.target, _AGAIN, codec=engine.codec)
-                steps.setdefault((name, level), []).append(profile)
+                seen = _steps_now(engine, options.profile, profile)
+                steps.setdefault((name, level), []).append(seen)
                 run = runner.run(requests, level, lambda share: None)
                 runs.setdefault((name, level), []).append(run)
     sizes = engine.config.limits
@@ -212,7 +228,11 @@ def main() -> None:
             _predict(
                 name,
                 None if name == "plain" else pool,
-                replace(costs[name], steps=ProfileSteps(seen)),
+                replace(
+                    costs[name],
+                    steps=ProfileSteps(seen),
+                    prefill_rate=_prefill_rate(costs[name], timed_at, seen),
+                ),
                 requests,
                 max_tokens=options.max_tokens,
                 limits=Limits(
