@@ -306,6 +306,7 @@ def test_the_version_and_the_models_are_listed(run: Run) -> None:
     ]
     record = json.loads(run("models", "--json").out)
     assert {"llama", "qwen", "gemma"} <= set(record["families"])
+    assert record["drafts"] == [{"name": "dspark-smollm2-135m", "target": "smollm2-135m"}]
     cached = [model["name"] for model in record["models"] if model["cached"]]
     assert cached == ["v4-mini", "v4-mini-mtp"]  # which are in the package
 
@@ -408,6 +409,7 @@ def test_bad_arguments_are_refused_before_anything_is_loaded(
         (["hi", "--device", "toaster"], "device 'toaster' cannot be used"),
         (["hi", "--draft", "none+lookup"], "needs two drafts"),
         (["hi", "--draft", "nothing-like-it"], "'nothing-like-it' is not a known model"),
+        (["hi", "--draft", "dspark-smollm2"], "did you mean 'dspark-smollm2-135m'?"),
         (["hi", "--draft", "lookup:/none/such"], "lookup corpus /none/such cannot be read"),
         (
             ["hi", "--rule=block", "--width=3", "--temperature=1"],

@@ -11,6 +11,7 @@ import typer
 from dspark.errors import CheckpointError
 from dspark.models import ModelListing, find_cached, list_models, remove_model, resolve_model
 from dspark.models.aliases import get_alias
+from dspark.models.shipped import shipped_drafts
 from dspark.models.text import format_bytes
 
 __all__ = ["app"]
@@ -33,7 +34,9 @@ def show(context: typer.Context, as_json: _Json = False) -> None:
         return
     listings, families = list_models(), _families()
     if as_json:
-        print(json.dumps({"schema": 1, "models": [_record(x) for x in listings], **families}))
+        drafts = [{"name": name, "target": target} for name, target in shipped_drafts().items()]
+        models = [_record(listing) for listing in listings]
+        print(json.dumps({"schema": 1, "models": models, "drafts": drafts, **families}))
     elif sys.stdout.isatty():
         _print_table(listings, families)
     else:
@@ -115,5 +118,7 @@ def _print_table(listings: list[ModelListing], families: dict[str, list[str]]) -
         table.add_row(*_cells(listing), style=None if listing.is_cached else "dim")
     console = Console()
     console.print(table)
-    console.print(f"\nfamilies: {', '.join(families['families'])}", highlight=False)
+    drafts = ", ".join(f"{name} (for {target})" for name, target in shipped_drafts().items())
+    console.print(f"\ndrafts in the package: {drafts}", highlight=False)
+    console.print(f"families: {', '.join(families['families'])}", highlight=False)
     console.print(f"--target also takes {_ACCEPTS}", highlight=False, markup=False)

@@ -11,8 +11,9 @@ from dspark.models.aliases import ALIASES, Alias, get_alias
 from dspark.models.check import check_checkpoint
 from dspark.models.fetch import FORMAT, Downloader, alias_folder, fetch_alias, hash_file
 from dspark.models.progress import SILENT, ProgressSink, open_progress
-from dspark.models.shipped import shipped_folders
+from dspark.models.shipped import shipped_drafts, shipped_folders
 from dspark.models.store import install_model, is_complete
+from dspark.models.text import near_match
 
 __all__ = ["REFERENCE", "ModelListing", "find_cached", "list_models", "resolve_model"]
 
@@ -125,8 +126,10 @@ def _resolve_path(name: str, cache: str | Path | None, progress: bool | None) ->
         raise CheckpointError(f"there is no file or folder {name}.", hint="run: dspark models")
     if _HUB_ID.fullmatch(name):
         return _download_from_hub(name)
-    get_alias(name)  # not an alias: raises, naming a near match
-    return path
+    raise CheckpointError(
+        f"{name!r} is not a known model{near_match(name, [*ALIASES, *shipped_drafts()])}.",
+        hint="run: dspark models",
+    )
 
 
 def _resolve_file(path: Path, cache: str | Path | None, progress: bool | None) -> Path:

@@ -17,7 +17,7 @@ from typing import Any
 
 from dspark.models.store import MARKER
 
-__all__ = ["CORPUS", "SHIPPED", "find_shipped", "shipped_folders", "source_of"]
+__all__ = ["CORPUS", "SHIPPED", "find_shipped", "shipped_drafts", "shipped_folders", "source_of"]
 
 SHIPPED = Path(__file__).parent / "shipped"
 """The folder of the package that holds them."""
@@ -39,6 +39,16 @@ def source_of(folder: Path) -> dict[str, Any] | None:
 def shipped_folders(shipped: Path = SHIPPED) -> dict[str, Path]:
     """Folders of the drafts that come with the package, by name."""
     return {path.parent.name: path.parent for path in sorted(shipped.glob("*/config.json"))}
+
+
+def shipped_drafts(shipped: Path = SHIPPED) -> dict[str, str]:
+    """Trained drafts that come with the package: name -> alias of the target."""
+    found = {}
+    for name, folder in shipped_folders(shipped).items():
+        target = _read(folder / "config.json").get("dspark_draft", {}).get("target", {})
+        if alias := (target.get("source") or {}).get("alias"):
+            found[name] = str(alias)
+    return found
 
 
 def find_shipped(folder: Path, *, shipped: Path = SHIPPED) -> Path | None:
