@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -80,7 +80,7 @@ class SurvivalMap:
     Attributes:
         bias: float64 [R], b by rank; later ranks use the last.
         share: float64 [R], w >= 0; 0 under rules that draw from laws.
-        lift: float64 [R], u >= 0, likewise; None is 0 for all.
+        lift: float64 [R], u >= 0, likewise; where none is given, 0 for all.
         confidence: float64 [R], g; the first >= 0.
         depth: float64 [D], e of depth 1, 2, ...; deeper ones use the last.
         temperature: float64 [D], T > 0.
@@ -96,11 +96,11 @@ class SurvivalMap:
     confidence: FloatArray
     depth: FloatArray
     temperature: FloatArray
-    lift: FloatArray | None = None
+    lift: FloatArray = field(default_factory=lambda: np.zeros(0))
     chances: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.lift is None:
+        if not len(self.lift):
             object.__setattr__(self, "lift", np.zeros(len(self.bias)))
         for names in (("bias", "share", "lift", "confidence"), ("depth", "temperature")):
             sizes = {len(getattr(self, name)) for name in names}
@@ -111,15 +111,10 @@ class SurvivalMap:
                 raise DataError(f"{name} of a survival map is not finite.")
         if (self.temperature <= 0).any():
             raise DataError("a temperature of a survival map is not above 0.")
-        if (self.share < 0).any() or (self.lifts < 0).any() or self.confidence[0] < 0:
+        if (self.share < 0).any() or (self.lift < 0).any() or self.confidence[0] < 0:
             raise DataError("a survival map falls where the draft is surer.")
         if not all(0 < chance < 1 for chance in self.chances):
             raise DataError("chances of a survival map must be between 0 and 1.")
-
-    @property
-    def lifts(self) -> FloatArray:
-        """`lift`, which is never None once the map is made."""
-        return np.zeros(len(self.bias)) if self.lift is None else self.lift
 
     @property
     def reads_confidence(self) -> bool:
@@ -139,7 +134,7 @@ class SurvivalMap:
         if share is not None:
             odds = log_odds(share)
             logits = logits + _first(self.share, width) * odds
-            logits += _first(self.lifts, width) / (1 + np.exp(-odds))
+            logits += _first(self.lift, width) / (1 + np.exp(-odds))
         if confidence is not None and self.reads_confidence:
             sure = np.array([held_logit(value) for value in confidence])
             logits = logits + _first(self.confidence, width) * sure[:, None]
@@ -185,8 +180,8 @@ class SurvivalMap:
     def to_json(self) -> dict[str, Any]:
         """As JSON values; numbers to nine digits."""
         return {
-            field.name: [float(f"{value:.9g}") for value in getattr(self, field.name)]
-            for field in fields(self)
+            item.name: [float(f"{value:.9g}") for value in getattr(self, item.name)]
+            for item in fields(self)
         }
 
     @staticmethod
@@ -196,7 +191,7 @@ class SurvivalMap:
         Raises:
             DataError: If a field is missing or holds anything but numbers.
         """
-        names = [field.name for field in fields(SurvivalMap)]
+        names = [item.name for item in fields(SurvivalMap)]
         if "lift" not in row:  # files from before there was one
             names.remove("lift")
         read = {name: _numbers(row, name) for name in names}
@@ -246,7 +241,7 @@ class Calibration:
 
     def __init__(self, maps: Mapping[CalibrationKey, SurvivalMap]) -> None:
         for key, found in maps.items():
-            if key.rule.draws_from_laws and (found.share.any() or found.lifts.any()):
+            if key.rule.draws_from_laws and (found.share.any() or found.lift.any()):
                 raise DataError(
                     f"the survival map of rule {key.rule.value!r} reads draft probabilities, but "
                     "must not depend on the token that is drawn."

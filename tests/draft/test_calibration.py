@@ -132,7 +132,7 @@ def test_a_lift_bends_the_curve_where_the_draft_is_certain() -> None:
 def test_a_map_from_before_there_was_a_lift_is_read_as_without_one() -> None:
     row = wild(1, is_drawn=True).to_json()
     del row["lift"]
-    assert not SurvivalMap.from_json(row).lifts.any()
+    assert not SurvivalMap.from_json(row).lift.any()
 
 
 def test_temperatures_alone_scale_the_confidence() -> None:

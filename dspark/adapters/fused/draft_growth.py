@@ -119,7 +119,7 @@ class Growth:
                 for values in (
                     chosen.bias,
                     chosen.share,
-                    chosen.lifts,
+                    chosen.lift,
                     chosen.confidence,
                     chosen.depth,
                     chosen.temperature,
