@@ -109,15 +109,18 @@ class SeenCosts:
         Returns:
             float64 [n].
         """
-        base, row, request = self.factors
-        fixed = alone * (base - row + request * (requests - 1))
+        row, fixed = self._line(requests, alone)
         return np.maximum(row * profiled + fixed, 0.1 * profiled)
 
     def once(self, requests: int, alone: float, profiled: float) -> float:
         """As `seconds`, of one forward."""
-        base, row, request = self.factors
-        fixed = alone * (base - row + request * (requests - 1))
+        row, fixed = self._line(requests, alone)
         return max(row * profiled + fixed, 0.1 * profiled)
+
+    def _line(self, requests: int, alone: float) -> tuple[float, float]:
+        """What a profile's seconds are multiplied by, and what comes on top."""
+        base, row, request = self.factors
+        return row, alone * (base - row + request * (requests - 1))
 
 
 def _faded(sums: Sequence[float], new: Sequence[float]) -> list[float]:
