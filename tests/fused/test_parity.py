@@ -100,6 +100,19 @@ def greedy(target: Target, prompt: list[int], count: int) -> list[int]:
     return text[1:]
 
 
+def test_the_rotary_table_reaches_the_last_position() -> None:
+    """It begins with 1,024 rows; the last row of a batch is the first to need one more."""
+    tokens = random_tokens(np.random.default_rng(2), 1025)
+    plain = random_target("llama", torch.float32, exact=True, layers=LAYERS["llama"])
+    last = []
+    for target in (fused_target("llama"), plain):
+        cache = target.new_cache()
+        slot, _ = cache.open([])
+        last.append(forward(target, cache, BatchPart.chain(slot, tokens, 0, want_last=True)))
+    ours, theirs = (output.logits for output in last)
+    assert (ours - theirs).abs().max() <= TOLERANCE[torch.float32] * theirs.abs().max()
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_greedy_texts_are_those_of_the_plain_path(family: str) -> None:
     prompt = random_tokens(np.random.default_rng(11), 12)
