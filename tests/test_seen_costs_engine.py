@@ -142,3 +142,14 @@ def test_drafting_that_takes_longer_than_it_gains_is_skipped(
     (result,) = own.generate([[5, 6]], replace(PARAMS, max_tokens=200))
     assert result.stats.rounds > 100
     assert least <= draft.asked <= most
+
+
+@pytest.mark.parametrize(("row", "is_switched_off"), [(0.1, False), (0.8, True)])
+def test_rows_of_a_tree_that_must_be_verified_count_against_drafting(
+    clock: Clock, row: float, is_switched_off: bool
+) -> None:
+    """A node gains a third of a step. The scheduler may not leave it out, so the switch must."""
+    seconds: Seconds = lambda rows, other: 1 + row * (rows - 1)  # noqa: E731
+    own = engine(clock, seconds, seconds, OneOfThree(clock))
+    (result,) = own.generate([[5, 6]], replace(PARAMS, tree_budget=1))
+    assert (result.stats.speculation_switched_off > 0) is is_switched_off

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dspark.draft.corpus_file import write_corpus
 from dspark.draft.dspark import DSparkDrafter
 from dspark.draft.dspark_config import Window
 from dspark.draft.formats.deepspec import save_draft
@@ -423,3 +424,16 @@ def test_auto_takes_the_draft_that_the_target_brings(loaded):
 
     bringing = LoadedTarget(target=Bringing(), codec=None, folder=loaded.folder)
     assert build_drafter("auto", bringing, OPTIONS) == "its own"
+
+
+def test_auto_takes_the_package_s_corpus_before_its_module(folder, loaded, tmp_path, monkeypatch):
+    """The module has to be asked for: a corpus costs next to nothing."""
+    corpus = tmp_path / "corpus.safetensors"
+    facts = {"id": "t", "source": {"alias": "t"}, "fingerprint": "ab", "revision": None}
+    write_corpus(corpus, [[1, 2, 3]], target=facts, vocabulary=None)
+    monkeypatch.setattr("dspark.loading.find_shipped", lambda model: folder)
+    assert isinstance(build_drafter("auto", loaded, OPTIONS), DSparkDrafter)
+    monkeypatch.setattr("dspark.loading.find_corpus", lambda model: corpus)
+    drafter = build_drafter("auto", loaded, OPTIONS)
+    assert isinstance(drafter, LookupDrafter)
+    assert drafter.name == f"lookup:{tmp_path.name}"
