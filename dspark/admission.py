@@ -20,9 +20,10 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from collections.abc import Callable
+from collections.abc import Sequence
 from math import log2
 from operator import attrgetter
+from typing import Protocol
 
 from dspark.active import ActiveRequest, Phase
 from dspark.cache import Cache, CacheFullError
@@ -36,6 +37,31 @@ __all__ = ["Admission"]
 _BY_ORDER = attrgetter("order")
 
 
+class Rounds(Protocol):
+    """What admission asks and tells whoever runs the rounds (`dspark.rounds.RoundRunner`)."""
+
+    @property
+    def can_share(self) -> bool:
+        """Whether requests may go on from what others began with."""
+        ...
+
+    def covered(self, tokens: Sequence[int]) -> int:
+        """How many leading tokens may come from others for all that a round needs of them."""
+        ...
+
+    def adopt(self, request_id: int, tokens: Sequence[int]) -> None:
+        """A request begins, with tokens that came from others."""
+        ...
+
+    def release(self, request_id: int) -> None:
+        """A request ended."""
+        ...
+
+    def drop(self, request_id: int) -> None:
+        """A request was preempted, and will go on later."""
+        ...
+
+
 class Admission:
     """The unfinished requests of an engine.
 
@@ -44,9 +70,7 @@ class Admission:
         intake: Knows how much memory a request needs.
         max_batch: Requests that run at the same time at the most.
         ageing: See `dspark.engine_config.EngineConfig`.
-        needs_features: True if the drafter reads hidden states, which a shared prefix lacks.
-        forget: Called with the id of a request that ended.
-        drop: Called with the id of a request that was preempted.
+        rounds: Whoever runs the rounds, and has to know who comes and goes.
 
     Attributes:
         active: Requests that run, in order.
@@ -60,17 +84,13 @@ class Admission:
         *,
         max_batch: int,
         ageing: int,
-        needs_features: bool,
-        forget: Callable[[int], None],
-        drop: Callable[[int], None],
+        rounds: Rounds,
     ) -> None:
         self._cache = cache
         self._intake = intake
         self._max_batch = max_batch
         self._ageing = ageing
-        self._needs_features = needs_features
-        self._forget = forget
-        self._drop = drop
+        self._rounds = rounds
         self._waiting: list[ActiveRequest] = []
         self._round = 0
         self._refused: tuple[int, int] | None = None  # the request that did not fit, pages then
@@ -127,7 +147,7 @@ class Admission:
         self.active = [request for request in self.active if request.phase is not Phase.DONE]
         for request in done:
             self._close(request)
-            self._forget(request.request_id)
+            self._rounds.release(request.request_id)
             self._end(request)
         return True
 
@@ -156,10 +176,14 @@ class Admission:
 
     # -- the queue ----------------------------------------------------------------------------
 
-    def _shares(self, request: ActiveRequest) -> bool:
-        """Whether a request may take over memory of others that began alike."""
-        reads_states = self._needs_features and request.params.draft
-        return request.may_share and not reads_states
+    def _sharable(self, request: ActiveRequest) -> list[int]:
+        """The tokens of a request that may come from others, and one more."""
+        tokens = request.tokens
+        if not request.may_share:
+            return []
+        if not request.params.draft:  # nobody will read its hidden states
+            return tokens
+        return tokens[: self._rounds.covered(tokens[:-1]) + 1]
 
     def _waits_for_prompt(self, request: ActiveRequest) -> bool:
         """Whether a request waits for the prompt that another sample of it is running.
@@ -168,7 +192,8 @@ class Admission:
         and can be taken over by caches that share whole states only.
         """
         leader, size = request.leader, len(request.prompt)
-        if leader is None or size < 2 or not self._shares(request):
+        may_share = request.may_share and (self._rounds.can_share or not request.params.draft)
+        if leader is None or size < 2 or not may_share:
             return False
         if leader.num_generated or request.num_generated:
             return False
@@ -206,13 +231,15 @@ class Admission:
     def _try_open(self, request: ActiveRequest) -> DsparkError | None:
         slot = None
         try:
-            slot, shared = self._cache.open(request.tokens if self._shares(request) else [])
+            slot, shared = self._cache.open(self._sharable(request))
             self._cache.reserve(slot, self._intake.rows_to_begin(request) - shared)
         except DsparkError as exc:
             if slot is not None:
                 self._cache.release(slot)
             return exc
         request.slot, request.shared = slot, shared
+        if shared and request.params.draft:
+            self._rounds.adopt(request.request_id, request.tokens[:shared])
         return None
 
     def _note_opened(self, request: ActiveRequest) -> None:
@@ -253,7 +280,7 @@ class Admission:
         if request.slot is not None:
             request.lost = self._cache.length(request.slot)
         self._close(request)
-        self._drop(request.request_id)
+        self._rounds.drop(request.request_id)
         request.phase = Phase.WAITING
         request.waiting_since = time.perf_counter()
         request.stats.preemptions += 1

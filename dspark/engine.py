@@ -115,9 +115,7 @@ class Engine:
             self._intake,
             max_batch=self._config.max_batch,
             ageing=self._config.ageing,
-            needs_features=bool(self._drafter.capture),
-            forget=self._runner.release,
-            drop=self._runner.drop,
+            rounds=self._runner,
         )
         self._next_id = 0
 

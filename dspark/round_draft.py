@@ -18,7 +18,7 @@ import torch
 
 from dspark.active import ActiveRequest, Phase
 from dspark.cache import Cache
-from dspark.draft.base import DraftContext, Drafter, Observer
+from dspark.draft.base import DraftContext, Drafter, Observer, SharesContext
 from dspark.draft.none import NoDrafter
 from dspark.errors import DsparkError, ShapeError
 from dspark.payoff import RoundCosts
@@ -109,6 +109,9 @@ class Drafting:
         self._costs = costs
         # Protocols are slow to check, and these answers stay.
         self._observer = drafter if isinstance(drafter, Observer) else None
+        self._sharer: SharesContext | None = None
+        if isinstance(drafter, SharesContext) and drafter.shares_context:
+            self._sharer = drafter
         self._is_idle = isinstance(drafter, NoDrafter)
         self._has_failed = False
         self._outcomes: list[Outcome] = []
@@ -117,6 +120,39 @@ class Drafting:
     def capture(self) -> tuple[int, ...]:
         """Target layers whose hidden states the drafter still needs."""
         return () if self._has_failed else self._drafter.capture
+
+    # -- before its first round ---------------------------------------------------------------
+
+    @property
+    def can_share(self) -> bool:
+        """Whether requests may go on from what others began with."""
+        return not self.capture or self._sharer is not None
+
+    def covered(self, tokens: Sequence[int]) -> int:
+        """How many leading tokens of a text the drafter needs no hidden states of."""
+        if not self.capture:
+            return len(tokens)
+        if self._sharer is None:
+            return 0
+        try:
+            return self._sharer.covered(tokens)
+        except Exception as exc:  # noqa: BLE001 - as in propose
+            self._give_up(exc)
+        return len(tokens)
+
+    def adopt(self, request_id: int, tokens: Sequence[int]) -> None:
+        """Tell the drafter of a request that begins with tokens which others ran.
+
+        Args:
+            request_id: Whose.
+            tokens: No more than it said that it covered.
+        """
+        if not self.capture or self._sharer is None:
+            return
+        try:
+            self._sharer.adopt(request_id, tokens)
+        except Exception as exc:  # noqa: BLE001 - as in propose
+            self._give_up(exc)
 
     # -- before the forward -------------------------------------------------------------------
 
@@ -373,18 +409,25 @@ class Drafting:
         self._hand_over(requests)
 
     def _hand_over(self, requests: Sequence[ActiveRequest]) -> None:
-        """Let the drafter take in hidden states that pile up: of a long prompt, or while it is off.
+        """Let the drafter take in hidden states that pile up, or that others may want.
 
-        Otherwise a prompt of a million tokens would keep the captured layers of all of them.
+        Of a long prompt, or while it is off: otherwise a prompt of a million tokens would keep the
+        captured layers of all of them. Where others wait for a prompt, or may go on from a text
+        that has ended.
         """
         if self._has_failed or self._observer is None:
             return
         contexts = []
         for request in requests:
             pending = sum(len(rows) for rows in next(iter(request.features.values()), []))
-            if pending < self._limits.prefill_chunk or request.phase is Phase.DONE:
+            is_wanted = request.is_awaited or request.phase is Phase.DONE
+            least = 1 if is_wanted and self._sharer is not None else self._limits.prefill_chunk
+            if pending < least or request.slot is None:
                 continue
-            known = request.tokens[: self._cache.length(slot_of(request)) + 1]
+            size = self._cache.length(slot_of(request)) + 1
+            if size > len(request.tokens):
+                continue  # an end that was drafted: what is behind it belongs to no text
+            known = request.tokens[:size]
             contexts.append(_draft_context(request, known, budget=1, depth=1))
         try:
             if contexts:

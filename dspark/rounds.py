@@ -135,6 +135,19 @@ class RoundRunner:
         self._account(parts, draft=draft, forward=forward, rest=end - start - draft - forward)
         return batch.num_rows
 
+    @property
+    def can_share(self) -> bool:
+        """Whether requests may go on from what others began with."""
+        return self._drafting.can_share
+
+    def covered(self, tokens: Sequence[int]) -> int:
+        """How many leading tokens of a text may come from others; see `Drafting.covered`."""
+        return self._drafting.covered(tokens)
+
+    def adopt(self, request_id: int, tokens: Sequence[int]) -> None:
+        """Begin a request whose first tokens came from others; see `Drafting.adopt`."""
+        self._drafting.adopt(request_id, tokens)
+
     def release(self, request_id: int) -> None:
         """Forget a request that is done; unknown ids are ignored."""
         self._drafting.release(request_id)

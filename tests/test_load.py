@@ -14,7 +14,7 @@ import dspark
 from dspark import intake
 from dspark.active import ActiveRequest, Phase
 from dspark.admission import Admission
-from dspark.draft.base import DraftContext, Drafter
+from dspark.draft.base import DraftContext, Drafter, SharesContext
 from dspark.draft.combined import CombinedDrafter
 from dspark.draft.lookup import LookupDrafter
 from dspark.draft.model import ModelDrafter
@@ -102,7 +102,10 @@ def test_a_preempted_requests_text_is_that_of_an_undisturbed_one(kind: str, samp
 
 
 def check_hidden_states(drafter: Drafter, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whenever the drafter is asked, it has had each position before the last token once."""
+    """Whenever the drafter is asked, it has had each position before the last token once.
+
+    Positions that a request has in common with another one it has from there.
+    """
     had: dict[int, int] = {}
     propose, release = drafter.propose, drafter.release
 
@@ -119,6 +122,14 @@ def check_hidden_states(drafter: Drafter, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(drafter, "propose", checked)
     monkeypatch.setattr(drafter, "release", forgets)
+    if isinstance(drafter, SharesContext):
+        adopt = drafter.adopt
+
+        def begins(request_id: int, tokens: Sequence[int]) -> None:
+            had[request_id] = len(tokens)
+            adopt(request_id, tokens)
+
+        monkeypatch.setattr(drafter, "adopt", begins)
 
 
 @pytest.mark.parametrize("kind", ["vanilla", pytest.param("eagle3", marks=pytest.mark.slow)])

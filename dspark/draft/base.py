@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from dspark.verify.constraint import AllowedAfter
 
-__all__ = ["DraftContext", "Drafter", "Observer", "SavesTime"]
+__all__ = ["DraftContext", "Drafter", "Observer", "SavesTime", "SharesContext"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -96,6 +96,34 @@ class Observer(Protocol):
 
     def observe(self, contexts: Sequence[DraftContext]) -> None:
         """Take in the features of these contexts, and propose nothing."""
+        ...
+
+
+@runtime_checkable
+class SharesContext(Protocol):
+    """A drafter that needs no hidden states of what another request began with, too.
+
+    The target takes over K/V of a beginning that it has seen, and has no hidden states to give for
+    it. Prompts are run as a whole for drafters that read them and are not of this kind.
+
+    Attributes:
+        shares_context: Whether it can.
+    """
+
+    @property
+    def shares_context(self) -> bool:
+        """Whether it can: of several drafters, all that read hidden states have to."""
+        ...
+
+    def covered(self, tokens: Sequence[int]) -> int:
+        """How many leading tokens of a text it could take over from others, live or ended."""
+        ...
+
+    def adopt(self, request_id: int, tokens: Sequence[int]) -> None:
+        """Begin a request with these tokens, a beginning of what was asked of `covered`.
+
+        What comes after them arrives as `DraftContext.features`, as ever.
+        """
         ...
 
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dspark.draft.base import DraftContext, Drafter, Observer, SavesTime
+from dspark.draft.base import DraftContext, Drafter, Observer, SavesTime, SharesContext
 from dspark.draft.gate import SecondGate
 from dspark.errors import ConfigError
 from dspark.request import Rule
@@ -145,6 +145,30 @@ class CombinedDrafter:
         for drafter in (self._first, self._second):
             if isinstance(drafter, Observer):
                 drafter.observe(contexts)
+
+    @property
+    def shares_context(self) -> bool:
+        """Whether all that read hidden states can take over beginnings; see `SharesContext`."""
+        reading = [drafter for drafter in (self._first, self._second) if drafter.capture]
+        return len(self._sharing()) == len(reading)
+
+    def covered(self, tokens: Sequence[int]) -> int:
+        """What all of them that read hidden states can take over; see `SharesContext`."""
+        if not self.shares_context:
+            return 0
+        return min((d.covered(tokens) for d in self._sharing()), default=len(tokens))
+
+    def adopt(self, request_id: int, tokens: Sequence[int]) -> None:
+        """Let those of them that read hidden states begin a request; see `SharesContext`."""
+        for drafter in self._sharing():
+            drafter.adopt(request_id, tokens)
+
+    def _sharing(self) -> list[SharesContext]:
+        return [
+            drafter
+            for drafter in (self._first, self._second)
+            if drafter.capture and isinstance(drafter, SharesContext) and drafter.shares_context
+        ]
 
     def release(self, request_id: int) -> None:
         """Forget a request; unknown ids are ignored."""

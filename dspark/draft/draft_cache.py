@@ -34,6 +34,10 @@ class _Layer:
         """Forget everything; the next row is at `position`."""
         self.first = self.stop = position
 
+    def can_lend(self, stop: int) -> bool:
+        """Whether all rows are here that positions from `stop` on see of those before it."""
+        return self.first <= (0 if self.window is None else max(0, stop - self.window))
+
     def write(self, key: Tensor, value: Tensor) -> None:
         """Put rows [n, H, E] behind the kept ones, without keeping them yet."""
         rows, heads, size = key.shape
@@ -93,6 +97,10 @@ class ContextCache:
     def length(self) -> int:
         """Positions taken in, from the beginning of the text."""
         return len(self.tokens)
+
+    def can_lend(self, stop: int) -> bool:
+        """Whether a text that goes on behind position `stop` - 1 would find all rows it sees."""
+        return stop <= self.length and all(layer.can_lend(stop) for layer in self._layers)
 
     @property
     def kept(self) -> int:

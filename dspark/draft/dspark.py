@@ -5,10 +5,7 @@ position, base logits U and a hidden state, is the same for all branches. So a l
 costs one product with the sequential head's W2, and no forward.
 
 **Context.** Every layer's keys and values of a committed position come from the target's hidden
-states there, which arrive with the rounds (`DraftContext.features`). They are kept per request and
-never computed twice. Positions whose hidden states never arrive, because the target shared the
-K/V of another request with the same beginning, are copied from that request's cache; if it is gone,
-the draft sees the text from there on only.
+states there, which arrive with the rounds (`DraftContext.features`); block_contexts.py keeps them.
 
 **Source:** DSpark, arXiv 2607.05147; DFlash (no sequential head) for blocks whose anchor slot
 predicts nothing.
@@ -26,9 +23,10 @@ import torch
 from torch import Tensor
 
 from dspark.draft.base import DraftContext
+from dspark.draft.block_contexts import BlockContexts
 from dspark.draft.block_module import BlockModule
-from dspark.draft.block_runner import BlockRunner, NewRows, PlainRunner, Wanted
-from dspark.draft.draft_cache import ContextCache, common_length
+from dspark.draft.block_runner import BlockRunner, PlainRunner, Wanted
+from dspark.draft.draft_cache import ContextCache
 from dspark.draft.feed import WarnOnce, feed, history_of
 from dspark.draft.grow import Growth, GrowthConfig, Limits, RankedGrowth, grow
 from dspark.mtp_head import project
@@ -36,9 +34,6 @@ from dspark.tree import Proposal
 from dspark.verify import sampling
 
 __all__ = ["DSparkDrafter", "DSparkDrafterConfig"]
-
-_MOST_WAITING = 64  # positions of a request whose hidden states wait to be taken in
-_TAIL = 16  # tokens compared to see that a context still extends what was seen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,26 +49,6 @@ class DSparkDrafterConfig(GrowthConfig):
     """
 
     beams: int = 3
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Arrival:
-    """Hidden states that came for a request.
-
-    Attributes:
-        request_id: Whose.
-        tokens: All tokens before the anchor.
-        rows: [n, layers * Dt], hidden states of the last n of them; None for none.
-    """
-
-    request_id: int
-    tokens: Sequence[int]
-    rows: Tensor | None
-
-    @property
-    def start(self) -> int:
-        """The first new position."""
-        return len(self.tokens) - (0 if self.rows is None else int(self.rows.shape[0]))
 
 
 class _Job:
@@ -167,8 +142,7 @@ class DSparkDrafter:
         self._plain = PlainRunner(module)
         head = module.markov_head
         self._reads_hidden = head is not None and head.reads_hidden
-        self._caches: dict[int, ContextCache] = {}
-        self._waiting: dict[int, _Arrival] = {}
+        self._contexts = BlockContexts(lambda: self.runner, self.capture, self._device)
         self._warn = WarnOnce(name)
 
     @property
@@ -211,10 +185,9 @@ class DSparkDrafter:
         Returns:
             One proposal each.
         """
-        self._follow([self._arrived(context) for context in contexts])
+        caches = self._contexts.bring(contexts)
         jobs: dict[int, _Job] = {}
-        for place, context in enumerate(contexts):
-            cache = self._caches[context.request_id]
+        for place, (context, cache) in enumerate(zip(contexts, caches, strict=True)):
             if cache.length != len(context.tokens) - 1:
                 self._warn("hidden states of the target are missing", "nothing is drafted.")
             elif context.budget > 0 and context.depth > 0:
@@ -234,96 +207,27 @@ class DSparkDrafter:
 
     @torch.inference_mode()
     def observe(self, contexts: Sequence[DraftContext]) -> None:
-        """Keep hidden states until there is something to draft; see `dspark.draft.base.Observer`.
+        """Keep hidden states until they are wanted; see `dspark.draft.base.Observer`."""
+        self._contexts.observe(contexts)
 
-        A few rows cost as much to take in as many, so rounds without drafts leave it to the next
-        one that has some, or to the round in which `_MOST_WAITING` would be exceeded. Rows behind a
-        gap do not wait: what fills it may be gone by then.
-        """
-        many = []
-        for context in contexts:
-            new = self._arrived(context)
-            is_few = new.rows is not None and new.rows.shape[0] < _MOST_WAITING
-            if is_few and self._aligned(new).length == new.start:
-                self._waiting[context.request_id] = new
-            else:
-                many.append(new)
-        self._follow(many)
+    @property
+    def shares_context(self) -> bool:
+        """True: see `dspark.draft.base.SharesContext`."""
+        return True
+
+    @torch.inference_mode()
+    def covered(self, tokens: Sequence[int]) -> int:
+        """Leading tokens that others have run; see `dspark.draft.base.SharesContext`."""
+        return self._contexts.covered(tokens)
+
+    @torch.inference_mode()
+    def adopt(self, request_id: int, tokens: Sequence[int]) -> None:
+        """Begin a request with what others have of it; see `dspark.draft.base.SharesContext`."""
+        self._contexts.adopt(request_id, tokens)
 
     def release(self, request_id: int) -> None:
         """Forget a request; unknown ids are ignored."""
-        self._caches.pop(request_id, None)
-        self._waiting.pop(request_id, None)
-
-    # -- context ------------------------------------------------------------------------------
-
-    def _follow(self, arrivals: Sequence[_Arrival]) -> None:
-        """Bring every request's cache in step with its context."""
-        ready: list[NewRows] = []
-        lacking: list[NewRows] = []
-        for new in arrivals:
-            cache = self._aligned(new)
-            if new.rows is not None:
-                place = ready if cache.length == new.start else lacking
-                place.append((cache, new.tokens, new.rows))
-        if ready:
-            self.runner.take(ready)
-        for cache, tokens, features in lacking:  # a donor may be among the ready ones
-            self._bridge(cache, tokens[: len(tokens) - features.shape[0]])
-            self.runner.take([(cache, tokens, features)])
-
-    def _arrived(self, context: DraftContext) -> _Arrival:
-        """What a context brings, behind what waits of its request."""
-        size = len(context.tokens) - 1
-        rows = self._features(context, size)
-        waiting = self._waiting.pop(context.request_id, None)
-        if waiting is not None and waiting.rows is not None:
-            start = size - (0 if rows is None else int(rows.shape[0]))
-            if len(waiting.tokens) == start:
-                rows = waiting.rows if rows is None else torch.cat([waiting.rows, rows])
-            else:  # positions come again, or some are missing
-                self._follow([waiting])
-        return _Arrival(context.request_id, context.tokens[:size], rows)
-
-    def _features(self, context: DraftContext, size: int) -> Tensor | None:
-        """Captured hidden states side by side, [n, layers * Dt]; of the last `size` positions."""
-        given = context.features
-        if not given or size == 0 or any(layer not in given for layer in self.capture):
-            return None
-        joined = torch.cat([given[layer].to(self._device) for layer in self.capture], dim=-1)
-        return joined[-size:] if joined.shape[0] else None
-
-    def _aligned(self, new: _Arrival) -> ContextCache:
-        """The request's cache, holding nothing from the first new position on."""
-        cache = self._caches.get(new.request_id)
-        if cache is not None:
-            seen = min(cache.length, len(new.tokens))
-            tail = slice(max(0, seen - _TAIL), seen)
-            if cache.tokens[tail] != list(new.tokens[tail]):
-                cache = None
-        if cache is None:
-            cache = self.runner.new_cache()
-        # A recomputed request brings positions again that the cache holds already.
-        cache.truncate(new.start)
-        self._caches[new.request_id] = cache
-        return cache
-
-    def _bridge(self, cache: ContextCache, tokens: Sequence[int]) -> None:
-        """Fill positions that no hidden states came for."""
-        sharing = [
-            request_id
-            for request_id, waiting in self._waiting.items()
-            if common_length(waiting.tokens, tokens) > waiting.start
-        ]
-        if sharing:  # they continue their caches, so this comes to no gap
-            self._follow([self._waiting.pop(request_id) for request_id in sharing])
-        donors = list(self._caches.values())
-        shared = [(common_length(donor.tokens, tokens), i) for i, donor in enumerate(donors)]
-        longest, index = max(shared, default=(0, 0))
-        if longest > cache.length:
-            cache.borrow(donors[index], longest)
-        if cache.length < len(tokens):
-            cache.skip(tokens[cache.length :])
+        self._contexts.release(request_id)
 
     # -- block and tree -----------------------------------------------------------------------
 

@@ -222,7 +222,7 @@ def test_state_in_step_equals_scratch(given, style):
             sizes[s] += int(rng.integers(1, 7))
     drafter.release(1)
     drafter.release(99)
-    assert sorted(drafter._caches) == [0, 2]
+    assert sorted(drafter._contexts._caches) == [0, 2]
 
 
 def test_a_request_alone_and_in_a_batch_of_16_proposes_the_same(given):
@@ -433,7 +433,7 @@ def test_behind_the_engine_the_tokens_are_those_of_plain_decoding(family, style,
     assert [r.token_ids for r in results] == [r.token_ids for r in plain]
     assert all(r.stats.verified > 5 for r in results)
     assert sum(r.stats.accepted for r in results) > 0
-    assert not engine.drafter._caches
+    assert not engine.drafter._contexts._caches
 
 
 @pytest.mark.parametrize("rule", ["rejection", "block"])

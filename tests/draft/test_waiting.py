@@ -47,7 +47,7 @@ def test_what_waits_is_taken_in_with_the_next_draft(given, monkeypatch, steps):
     assert len(sizes) <= 2
     drafter.observe([given(size + 1, new=1)])
     drafter.release(0)
-    assert not drafter._waiting
+    assert not drafter._contexts.num_waiting
 
 
 @pytest.mark.parametrize("waits", ["the borrower", "the donor", "both", "nobody"])
