@@ -3,9 +3,10 @@
     CACHE/<key>/about.json          what the key stands for
     CACHE/<key>/part-00000-<name>.safetensors, ...
 
-A part holds the features of some samples: `<index>/hidden` and `/final` in bfloat16, `/total` in
-float32 and `/best` in int32. The key is a checksum of the target, the data, the captured layers and
-the temperature, so other runs with the same ones use them too. Parts are read by memory map.
+A part holds the features of some samples: `<sample>/hidden` and `/final` in bfloat16, `/total` in
+float32 and `/best` in int32, where a sample is named by a checksum of its tokens. The key is one of
+the target, the captured layers and the temperature. So other runs with the same ones use the
+features too, also where data came or went. Parts are read by memory map.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _NAMES = ("hidden", "final", "total", "best")
 
 
 class FeatureCache:
-    """Features by sample number.
+    """Features by the samples' keys.
 
     Args:
         folder: The cache folder.
@@ -54,8 +55,8 @@ class FeatureCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._world = world
         self._open: dict[Path, Any] = {}
-        self._place: dict[int, Path] = {}
-        self._waiting: dict[int, Features] = {}
+        self._place: dict[str, Path] = {}
+        self._waiting: dict[str, Features] = {}
         self._waiting_bytes = 0
         note = self.folder / "about.json"
         if not note.exists():
@@ -81,26 +82,26 @@ class FeatureCache:
             ) from exc
         self._open[path] = file
         for name in names:
-            self._place[int(name.partition("/")[0])] = path
+            self._place[name.partition("/")[0]] = path
 
-    def get(self, index: int) -> Features | None:
+    def get(self, key: str) -> Features | None:
         """Features of a sample, None if they are not there."""
-        if index in self._waiting:
-            return self._waiting[index]
-        if index not in self._place and self._world.size > 1:
+        if key in self._waiting:
+            return self._waiting[key]
+        if key not in self._place and self._world.size > 1:
             self._look()  # another process may have it; alone, others' parts are not waited for
-        path = self._place.get(index)
+        path = self._place.get(key)
         if path is None:
             return None
         file = self._open[path]
-        tensors = {name: file.get_tensor(f"{index}/{name}") for name in _NAMES}
+        tensors = {name: file.get_tensor(f"{key}/{name}") for name in _NAMES}
         return Features(**{**tensors, "best": tensors["best"].to(torch.int64)})
 
-    def put(self, index: int, features: Features) -> None:
+    def put(self, key: str, features: Features) -> None:
         """Keep the features of a sample; they are on disk after the next `flush`."""
-        if index in self._waiting or index in self._place:
+        if key in self._waiting or key in self._place:
             return
-        self._waiting[index] = features
+        self._waiting[key] = features
         parts = (features.hidden, features.final)
         self._waiting_bytes += sum(tensor.numel() * tensor.element_size() for tensor in parts)
         if self._waiting_bytes >= _PART_BYTES:
@@ -111,11 +112,11 @@ class FeatureCache:
         if not self._waiting:
             return
         tensors: dict[str, Tensor] = {}
-        for index, own in self._waiting.items():
-            tensors[f"{index}/hidden"] = own.hidden.to(STORED).contiguous()
-            tensors[f"{index}/final"] = own.final.to(STORED).contiguous()
-            tensors[f"{index}/total"] = own.total.float().contiguous()
-            tensors[f"{index}/best"] = own.best.to(torch.int32).contiguous()
+        for key, own in self._waiting.items():
+            tensors[f"{key}/hidden"] = own.hidden.to(STORED).contiguous()
+            tensors[f"{key}/final"] = own.final.to(STORED).contiguous()
+            tensors[f"{key}/total"] = own.total.float().contiguous()
+            tensors[f"{key}/best"] = own.best.to(torch.int32).contiguous()
         number = len(list(self.folder.glob("part-*.safetensors")))
         # A name that no other run over the same features can choose at the same time.
         unique = f"{self._world.rank}-{uuid.uuid4().hex[:8]}"

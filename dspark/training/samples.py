@@ -59,6 +59,12 @@ class Sample:
         """T."""
         return int(self.tokens.shape[0])
 
+    @property
+    def key(self) -> str:
+        """Checksum of the tokens and of where the response starts."""
+        whole = self.start.to_bytes(8, "little") + self.tokens.tobytes()
+        return hashlib.sha256(whole).hexdigest()[:32]
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Samples:

@@ -46,12 +46,15 @@ class FeatureSource:
         cache = self._cache
         if cache is None:
             return self._runner.run(samples)
-        found = {sample.index: cache.get(sample.index) for sample in samples}
-        missing = [sample for sample in samples if found[sample.index] is None]
-        for sample, features in zip(missing, self._runner.run(missing), strict=True):
-            cache.put(sample.index, features)
-            found[sample.index] = features
-        return [features for features in found.values() if features is not None]
+        keys = [sample.key for sample in samples]
+        found = {key: cache.get(key) for key in keys}
+        missing = {k: s for k, s in zip(keys, samples, strict=True) if found[k] is None}
+        computed = self._runner.run(list(missing.values()))
+        for key, features in zip(missing, computed, strict=True):
+            cache.put(key, features)
+            found[key] = features
+        every = [found[key] for key in keys]
+        return [features for features in every if features is not None]
 
     def flush(self) -> None:
         """Write what the cache holds in memory."""
@@ -134,7 +137,7 @@ def prepare(recipe: Recipe, *, device: str = "auto", world: World = ALONE) -> Se
     draft.to(place)
     draft.module.train()
     described = describe_model(recipe.target)
-    source = _feature_source(recipe, target, described, samples, draft.target_layers, world)
+    source = _feature_source(recipe, target, described, draft.target_layers, world)
     return Setup(
         recipe=recipe,
         target=target,
@@ -197,7 +200,6 @@ def _feature_source(
     recipe: Recipe,
     target: Target,
     described: dict[str, Any],
-    samples: Samples,
     layer_ids: tuple[int, ...],
     world: World,
 ) -> FeatureSource:
@@ -208,15 +210,13 @@ def _feature_source(
     if folder is None:
         return FeatureSource(runner, None)
     about = {
-        "version": 1,
+        "version": 2,
         "target": described,
         "dtype": target.info.dtype,
-        "data": samples.sha256,
+        "quant": target.info.quant,
         "layers": list(layer_ids),
         "temperature": temperature,
     }
-    if target.info.quant != "none":  # caches from before there was a choice stay good
-        about["quant"] = target.info.quant
     return FeatureSource(runner, FeatureCache(folder, about, world=world))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -121,6 +122,22 @@ def test_only_what_is_missing_is_computed(tmp_path):
     alone = source.get(samples())
     assert runner.seen == [[7], [4, 9]]
     assert [own.hidden.shape[0] for own in alone] == [18, 29, 7]
+
+
+def test_data_that_grew_find_what_was_computed(tmp_path):
+    """By what a sample says, not by its place; the same answer twice is one."""
+    source, _, _ = make_source(tmp_path, {"target": "toy"})
+    fresh = source.get(samples())
+    source.flush()
+    again, runner, _ = make_source(tmp_path, {"target": "toy"})
+    moved = [replace(sample, index=sample.index + 10) for sample in samples()]
+    other = replace(moved[0], start=moved[0].start + 1)
+    found = again.get([moved[2], other, moved[0], other])
+    assert runner.seen == [[other.index]]
+    assert torch.equal(found[0].hidden, fresh[2].hidden)
+    assert torch.equal(found[2].final, fresh[0].final)
+    assert torch.equal(found[1].final, found[3].final)
+    assert found[1].final.shape[0] == fresh[0].final.shape[0] - 1
 
 
 def test_other_features_have_another_folder(tmp_path):
