@@ -145,9 +145,15 @@ def read_answers(path: Path, *, vocab_size: int) -> Iterator[tuple[list[int], li
 def _files(patterns: Sequence[str]) -> list[Path]:
     found: list[Path] = []
     for pattern in patterns:
-        names = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+        folder = Path(pattern)
+        if folder.is_dir():
+            paths = [*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")]
+            names = sorted(str(path) for path in paths if not path.name.startswith("."))
+        else:
+            names = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
         if not names:
-            raise DataError(f"no file matches {pattern}.")
+            what = "the folder {} holds no shard." if folder.is_dir() else "no file matches {}."
+            raise DataError(what.format(pattern))
         found.extend(Path(name) for name in names)
     return found
 

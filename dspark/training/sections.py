@@ -206,7 +206,8 @@ class DataSection:
     """[data]: what it is trained on.
 
     Attributes:
-        shards: Files *.jsonl or *.jsonl.gz, patterns allowed, relative to the recipe.
+        shards: Files *.jsonl or *.jsonl.gz, patterns, or folders of `dspark data`, relative to the
+            recipe.
         max_tokens: Prompt and response are cut to this many tokens.
         validation_share: Share of the prompts, chosen by their hash, that is held out.
         validation_sequences: Held-out sequences that a validation looks at.

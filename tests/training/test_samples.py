@@ -139,11 +139,30 @@ def test_a_wrong_line_is_named(tmp_path, text, message):
         read_samples(DataSection(shards=(str(path),)), vocab_size=VOCAB)
 
 
+def test_a_folder_stands_for_its_shards(tmp_path):
+    """And not for the questions below it, nor for a journal that a killed run left."""
+    (tmp_path / "questions").mkdir()
+    for name in ("questions/00000.jsonl", ".00002.partial.jsonl"):
+        shard(tmp_path / name, [line([1], [2])])
+    first = shard(tmp_path / "00000.jsonl", [line([1], [2, 3, 4]), line([5], [6, 7, 8])])
+    rest = gzip.compress(line([9], [8, 7, 6]).encode())
+    (tmp_path / "00001.jsonl.gz").write_bytes(rest)
+    found, named = (
+        read_samples(DataSection(shards=shards), vocab_size=VOCAB)
+        for shards in ((str(tmp_path),), (str(first), str(tmp_path / "00001.jsonl.gz")))
+    )
+    assert found.sha256 == named.sha256
+    assert len(found.train) + len(found.validation) == 3
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path):
     with pytest.raises(DataError, match="no file matches"):
         read_samples(DataSection(shards=(str(tmp_path / "*.jsonl"),)), vocab_size=VOCAB)
     with pytest.raises(DataError, match=r"none\.jsonl cannot be read"):
         read_samples(DataSection(shards=(str(tmp_path / "none.jsonl"),)), vocab_size=VOCAB)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"the folder .*empty holds no shard"):
+        read_samples(DataSection(shards=(str(tmp_path / "empty"),)), vocab_size=VOCAB)
     cut = tmp_path / "cut.jsonl.gz"
     cut.write_bytes(gzip.compress(line([1], [2, 3]).encode() * 50)[:-12])
     with pytest.raises(DataError, match=r"cut\.jsonl\.gz"):
