@@ -1,7 +1,5 @@
 """The drafting half of a round: whom to draft for, what the drafter offers, what is verified of it.
 
-A drafter that fails is asked no more: it costs speed, never the answer.
-
 Tokens that a request's grammar forces come before what the drafter offers, drafter or not. They are
 certain, so they are rows and tokens that the round has anyhow: the scheduler, its record of how
 drafts do and the switch that stops drafting see what comes behind them.
@@ -9,19 +7,20 @@ drafts do and the switch that stops drafting see what comes behind them.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dspark.active import ActiveRequest, Phase
 from dspark.cache import Cache
-from dspark.draft.base import DraftContext, Drafter, Observer, SharesContext
-from dspark.draft.none import NoDrafter
-from dspark.errors import DsparkError, ShapeError
+from dspark.draft.base import DraftContext
+from dspark.errors import DsparkError
 from dspark.payoff import RoundCosts
+from dspark.round_drafter import GuardedDrafter
 from dspark.round_limits import RoundLimits
 from dspark.target import Target
 from dspark.tree import DraftTree, Proposal
@@ -32,8 +31,8 @@ from dspark.verify.scheduler_order import in_judging_order
 
 __all__ = ["NOTHING", "Drafted", "Drafting", "Forced", "slot_of"]
 
-logger = logging.getLogger(__name__)
-
+_FEW = 8
+"""Nodes over which it is averaged what one costs: about what a round has."""
 
 Forced: TypeAlias = Mapping[int, Sequence[int]]
 """Request id -> tokens that its grammar forces from the anchor on; only where there are some."""
@@ -96,7 +95,7 @@ class Drafting:
         self,
         target: Target,
         cache: Cache,
-        drafter: Drafter,
+        drafter: GuardedDrafter,
         limits: RoundLimits,
         scheduler: Scheduler,
         costs: RoundCosts,
@@ -107,52 +106,7 @@ class Drafting:
         self._limits = limits
         self._scheduler = scheduler
         self._costs = costs
-        # Protocols are slow to check, and these answers stay.
-        self._observer = drafter if isinstance(drafter, Observer) else None
-        self._sharer: SharesContext | None = None
-        if isinstance(drafter, SharesContext) and drafter.shares_context:
-            self._sharer = drafter
-        self._is_idle = isinstance(drafter, NoDrafter)
-        self._has_failed = False
         self._outcomes: list[Outcome] = []
-
-    @property
-    def capture(self) -> tuple[int, ...]:
-        """Target layers whose hidden states the drafter still needs."""
-        return () if self._has_failed else self._drafter.capture
-
-    # -- before its first round ---------------------------------------------------------------
-
-    @property
-    def can_share(self) -> bool:
-        """Whether requests may go on from what others began with."""
-        return not self.capture or self._sharer is not None
-
-    def covered(self, tokens: Sequence[int]) -> int:
-        """How many leading tokens of a text the drafter needs no hidden states of."""
-        if not self.capture:
-            return len(tokens)
-        if self._sharer is None:
-            return 0
-        try:
-            return self._sharer.covered(tokens)
-        except Exception as exc:  # noqa: BLE001 - as in propose
-            self._give_up(exc)
-        return len(tokens)
-
-    def adopt(self, request_id: int, tokens: Sequence[int]) -> None:
-        """Tell the drafter of a request that begins with tokens which others ran.
-
-        Args:
-            request_id: Whose.
-            tokens: No more than it said that it covered.
-        """
-        if not self.capture or self._sharer is None:
-            return
-        try:
-            self._sharer.adopt(request_id, tokens)
-        except Exception as exc:  # noqa: BLE001 - as in propose
-            self._give_up(exc)
 
     # -- before the forward -------------------------------------------------------------------
 
@@ -216,7 +170,7 @@ class Drafting:
             count: Requests that decode.
         """
         params, limits = request.params, self._limits
-        has_drafter = not (self._has_failed or self._is_idle)
+        has_drafter = not (self._drafter.has_failed or self._drafter.is_idle)
         if not params.draft or not (has_drafter or request.masks is not None):
             return 0
         budget = params.tree_budget
@@ -246,29 +200,25 @@ class Drafting:
             forced: From `forced`.
             load: From `load`.
         """
-        if self._has_failed or self._is_idle:
+        if self._drafter.has_failed or self._drafter.is_idle:
             return {}
         contexts = []
+        node_seconds = 0.0
         if load.rates is not None:
-            load.rates(sum(budgets))  # for all that will ask: they are worked out once
+            rates = load.rates(sum(budgets))  # for all that will ask: they are worked out once
+            node_seconds = _node_seconds(rates)
         bar = _Bar(self._scheduler, load)
         wants_plain = self._costs.wants_plain(len(decoding))
         for request, budget in zip(decoding, budgets, strict=True):
             own = forced.get(request.request_id, ())
             context = self._context(request, budget, own, bar, wants_plain=wants_plain)
             if context is not None:
+                context.node_seconds = node_seconds
                 contexts.append(context)
-        if not contexts:
+        proposals = self._drafter.propose(contexts) if contexts else None
+        if proposals is None:
             return {}
-        try:
-            proposals = self._drafter.propose(contexts)
-            pairs = list(zip(contexts, proposals, strict=True))
-            for context, proposal in pairs:
-                _check_limits(context, proposal)
-        except Exception as exc:  # noqa: BLE001 - drafters are plug-ins: whatever breaks in one
-            # must cost speed, never the answer.
-            self._give_up(exc)
-            return {}
+        pairs = zip(contexts, proposals, strict=True)
         offers = {context.request_id: proposal for context, proposal in pairs}
         for request in decoding:
             if request.masks is not None and request.request_id in offers:
@@ -281,7 +231,7 @@ class Drafting:
         if request.masks is None:
             return offer
         try:
-            own = behind(offer, forced) if self._drafter.capture else offer
+            own = behind(offer, forced) if self._drafter.reads_states else offer
             return without_forbidden(own, request.masks.below(forced))
         except DsparkError:  # as in `forced`
             return Proposal.empty()
@@ -311,7 +261,7 @@ class Drafting:
             if drafted:
                 result = self._cut(drafted, proposals, load)
         except Exception as exc:  # noqa: BLE001 - trees of a plug-in may be anything
-            self._give_up(exc)
+            self._drafter.give_up(exc)
         for request in decoding:
             tokens = forced.get(request.request_id)
             if tokens:
@@ -347,11 +297,6 @@ class Drafting:
             result[request.request_id] = Drafted(kept, proposal.tree.num_nodes, 0, kept.tree)
         return result
 
-    def _give_up(self, exc: Exception) -> None:
-        if not self._has_failed:
-            logger.warning("drafter %s failed, decoding plainly: %s", self._drafter.name, exc)
-        self._has_failed = True
-
     def _context(
         self,
         request: ActiveRequest,
@@ -371,7 +316,7 @@ class Drafting:
         if depth <= 0 or not self._is_on(request, budget - count, bar, wants_plain=wants_plain):
             request.switch.skipped()
             return None
-        if self._drafter.capture:
+        if self._drafter.reads_states:
             # Hidden states end at the anchor. Under the mask it drafts the forced tokens itself.
             return _draft_context(request, request.tokens, budget=budget, depth=depth + count)
         tokens = [*request.tokens, *forced] if forced else request.tokens
@@ -415,13 +360,13 @@ class Drafting:
         captured layers of all of them. Where others wait for a prompt, or may go on from a text
         that has ended.
         """
-        if self._has_failed or self._observer is None:
+        if not self._drafter.can_observe:
             return
         contexts = []
         for request in requests:
             pending = sum(len(rows) for rows in next(iter(request.features.values()), []))
             is_wanted = request.is_awaited or request.phase is Phase.DONE
-            least = 1 if is_wanted and self._sharer is not None else self._limits.prefill_chunk
+            least = 1 if is_wanted and self._drafter.takes_over else self._limits.prefill_chunk
             if pending < least or request.slot is None:
                 continue
             size = self._cache.length(slot_of(request)) + 1
@@ -429,11 +374,8 @@ class Drafting:
                 continue  # an end that was drafted: what is behind it belongs to no text
             known = request.tokens[:size]
             contexts.append(_draft_context(request, known, budget=1, depth=1))
-        try:
-            if contexts:
-                self._observer.observe(contexts)
-        except Exception as exc:  # noqa: BLE001 - as in propose
-            self._give_up(exc)
+        if contexts:
+            self._drafter.observe(contexts)
 
     def drop(self, request_id: int) -> None:
         """Forget what the drafter keeps of a request; it comes back with all its tokens."""
@@ -457,6 +399,12 @@ def slot_of(request: ActiveRequest) -> int:
     return request.slot
 
 
+def _node_seconds(rates: NDArray[np.float64]) -> float:
+    """Seconds that a node adds to a round of few, of its rates with 0, 1, ... nodes."""
+    nodes = min(_FEW, len(rates) - 1)
+    return float(1 / rates[nodes] - 1 / rates[0]) / nodes if nodes else 0.0
+
+
 def _draft_context(
     request: ActiveRequest, tokens: Sequence[int], *, budget: int, depth: int
 ) -> DraftContext:
@@ -477,12 +425,3 @@ def _draft_context(
         features=features or None,
         allowed=None if request.masks is None else request.masks.allowed,
     )
-
-
-def _check_limits(context: DraftContext, proposal: Proposal) -> None:
-    tree = proposal.tree
-    if tree.num_nodes > context.budget or tree.max_depth > context.depth:
-        raise ShapeError(
-            f"a proposal has {tree.num_nodes} nodes and depth {tree.max_depth}, but at most "
-            f"{context.budget} and {context.depth} were asked for."
-        )

@@ -22,6 +22,7 @@ from dspark.expert_reuse import ExpertCounter
 from dspark.payoff import RoundCosts, StepSeconds
 from dspark.request import TokenLogprob
 from dspark.round_draft import NOTHING, Drafted, Drafting, slot_of
+from dspark.round_drafter import GuardedDrafter
 from dspark.round_limits import RoundLimits
 from dspark.round_log import round_stats
 from dspark.target import BatchPart, Target, TargetOutput, TokenBatch
@@ -97,7 +98,8 @@ class RoundRunner:
         self.experts = ExpertCounter(target)
         self._costs = RoundCosts(step_seconds)
         scheduler = Scheduler(schedule)
-        self._drafting = Drafting(target, cache, drafter, limits, scheduler, self._costs)
+        self._drafter = GuardedDrafter(drafter)
+        self._drafting = Drafting(target, cache, self._drafter, limits, scheduler, self._costs)
 
     def run(self, requests: Sequence[ActiveRequest], make_room: MakeRoom) -> int:
         """Run one forward over all requests and commit what it accepted.
@@ -124,7 +126,7 @@ class RoundRunner:
         batch = TokenBatch.build([part.part for part in parts])
         forward_at = time.perf_counter()
         with nullcontext() if prefill else self.experts.count():
-            output = self._target.forward(batch, self._cache, capture=self._drafting.capture)
+            output = self._target.forward(batch, self._cache, capture=self._drafter.capture)
         if output.logits.device.type != "cpu":
             torch.accelerator.synchronize(output.logits.device)
         forward_end = time.perf_counter()
@@ -138,15 +140,15 @@ class RoundRunner:
     @property
     def can_share(self) -> bool:
         """Whether requests may go on from what others began with."""
-        return self._drafting.can_share
+        return self._drafter.can_share
 
     def covered(self, tokens: Sequence[int]) -> int:
-        """How many leading tokens of a text may come from others; see `Drafting.covered`."""
-        return self._drafting.covered(tokens)
+        """How many leading tokens of a text may come from others; see `GuardedDrafter.covered`."""
+        return self._drafter.covered(tokens)
 
     def adopt(self, request_id: int, tokens: Sequence[int]) -> None:
-        """Begin a request whose first tokens came from others; see `Drafting.adopt`."""
-        self._drafting.adopt(request_id, tokens)
+        """Begin a request whose first tokens came from others; see `GuardedDrafter.adopt`."""
+        self._drafter.adopt(request_id, tokens)
 
     def release(self, request_id: int) -> None:
         """Forget a request that is done; unknown ids are ignored."""

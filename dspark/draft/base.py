@@ -39,6 +39,8 @@ class DraftContext:
         width: Children per node at the most, or None for the drafter's choice.
         features: Target hidden states of the tokens committed since the last call, if the drafter
             asked for them by `capture`: {layer: [n, D]}.
+        node_seconds: Seconds that a further node adds to the round's forward; 0 where that is not
+            known, or not to be looked at: what is measured may not decide what is drawn from laws.
         allowed: Which tokens the request's grammar lets follow a path of drafted tokens; None
             without a grammar. A drafter that draws from laws must draw from laws under this mask;
             one that offers candidates may ignore it, and loses those that are ruled out.
@@ -55,6 +57,7 @@ class DraftContext:
     depth: int
     width: int | None = None
     features: dict[int, torch.Tensor] | None = None
+    node_seconds: float = 0.0
     allowed: AllowedAfter | None = None
 
     @property

@@ -122,16 +122,18 @@ class CombinedDrafter:
         rest = [self._for_second(contexts[i], firsts[i]) for i in asked]
         start = time.perf_counter()
         seconds = dict(zip(asked, self._second.propose(rest) if rest else [], strict=True))
-        if rest:
-            self._gate.took(time.perf_counter() - start, [context.request_id for context in rest])
         united = [
             self._unite(context, first, seconds.get(i))
             for i, (context, first) in enumerate(zip(contexts, firsts, strict=True))
         ]
+        if rest:
+            self._gate.took(time.perf_counter() - start, [context.request_id for context in rest])
         if self.saves_time:
             for i in asked:
-                first, both = firsts[i].tree, united[i].tree
-                self._gate.note(contexts[i].request_id, len(contexts[i].tokens), first, both)
+                own, first, both = contexts[i], firsts[i].tree, united[i].tree
+                self._gate.note(
+                    own.request_id, len(own.tokens), first, both, node_seconds=own.node_seconds
+                )
         return united
 
     @property

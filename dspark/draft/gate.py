@@ -1,11 +1,11 @@
 """Whether a second drafter is worth asking, learnt from what it would have added.
 
 The tokens that followed tell afterwards how far each drafter's tree went: what the second one added
-in a round is what the united tree matched beyond the first one's. It adds much where the first is
-at a loss and little where it is sure, so its gain is kept by how sure the first one was of the next
-token. It is asked where that gain is worth more than the tokens the engine makes in the time it
-takes. Nothing of this shows in the text: whom a gate asks follows from tokens that are certain
-already and from clocks.
+in a round is what the united tree matched beyond the first one's, less what its further nodes cost
+to verify. It adds much where the first is at a loss and little where it is sure, so its gain is
+kept by how sure the first one was of the next token. It is asked where that gain is worth more than
+the tokens the engine makes in the time it takes. Nothing of this shows in the text: whom a gate
+asks follows from tokens that are certain already and from clocks.
 
 Letters: S survival of the first drafter's candidates for the next token together.
 """
@@ -38,7 +38,8 @@ _MOST_SECONDS = 4.0
 """Times the mean that one call may count for: slower ones waited for something else."""
 
 _LIKELY = 0.1
-"""Survival below which a node is not counted on: a scheduler would hardly verify it."""
+"""Survival below which a node is not counted on where its price is not known. Else it is that: a
+scheduler verifies a node if it is more likely than tokens are made in the time it takes."""
 
 
 class _Class:
@@ -59,13 +60,26 @@ class _Class:
 class _Round:
     """What was offered for a request, until the next context shows what followed."""
 
-    __slots__ = ("first", "kind", "size", "united")
+    __slots__ = ("first", "kind", "node_seconds", "size", "united")
 
-    def __init__(self, size: int, kind: _Class, first: DraftTree, united: DraftTree) -> None:
+    def __init__(
+        self,
+        size: int,
+        kind: _Class,
+        trees: tuple[DraftTree, DraftTree],
+        node_seconds: float,
+    ) -> None:
         self.size = size
         self.kind = kind
-        self.first = first
-        self.united = united
+        self.first, self.united = trees
+        self.node_seconds = node_seconds
+
+    def gain(self, after: Sequence[int], rate: float) -> float:
+        """Tokens by which the second drafter was worth more, at so many tokens a second."""
+        price = self.node_seconds * rate
+        first, one = _matched(self.first, after, price)
+        united, both = _matched(self.united, after, price)
+        return both - one - price * max(0, united - first)
 
 
 class SecondGate:
@@ -103,10 +117,7 @@ class SecondGate:
             self._sizes[request_id] = len(text)
             done = self._rounds.pop(request_id, None)
             if done is not None and done.size < len(text):
-                after = text[done.size :]
-                one = _matched(done.first, after)
-                both = _matched(done.united, after)
-                done.kind.learn(max(0, both - one))
+                done.kind.learn(done.gain(text[done.size :], self.rate))
         if self._last is not None and grown and now > self._last:
             self.rate = _mean(self.rate, grown / (now - self._last))
         self._last, self._present = now, frozenset(request_ids)
@@ -134,9 +145,24 @@ class SecondGate:
             each = min(each, _MOST_SECONDS * self._seconds)
         self._seconds = _mean(self._seconds, each)
 
-    def note(self, request_id: int, size: int, first: DraftTree, united: DraftTree) -> None:
-        """Remember what both drafters offered behind `size` tokens."""
-        self._rounds[request_id] = _Round(size, self._kind(first), first, united)
+    def note(
+        self,
+        request_id: int,
+        size: int,
+        first: DraftTree,
+        united: DraftTree,
+        node_seconds: float = 0.0,
+    ) -> None:
+        """Remember what both drafters offered behind `size` tokens.
+
+        Args:
+            request_id: For whom.
+            size: Tokens of the context.
+            first: What the first one offered.
+            united: What both did.
+            node_seconds: Seconds that a further node adds to the round, 0 if that is not known.
+        """
+        self._rounds[request_id] = _Round(size, self._kind(first), (first, united), node_seconds)
 
     def release(self, request_id: int) -> None:
         """Forget a request; unknown ids are ignored."""
@@ -157,14 +183,15 @@ def _mean(mean: float, value: float) -> float:
     return value if mean == 0 else mean + _SPEED_MEMORY * (value - mean)
 
 
-def _matched(tree: DraftTree, tokens: Sequence[int]) -> int:
-    """How many of these tokens a path of the tree begins with, unlikely nodes left out."""
+def _matched(tree: DraftTree, tokens: Sequence[int], price: float) -> tuple[int, int]:
+    """Nodes of the tree that are worth a price, and how many of these tokens a path of them has."""
+    least = price or _LIKELY
     place = {
         (parent, token): node
         for node, (parent, token, survival) in enumerate(
             zip(tree.parent.tolist(), tree.token.tolist(), tree.survival.tolist(), strict=True)
         )
-        if survival >= _LIKELY
+        if survival >= least
     }
     node, count = -1, 0
     for token in tokens:
@@ -172,4 +199,4 @@ def _matched(tree: DraftTree, tokens: Sequence[int]) -> int:
         if node < 0:
             break
         count += 1
-    return count
+    return len(place), count

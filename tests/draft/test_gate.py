@@ -26,7 +26,8 @@ class Clock:
 class Rounds:
     """Rounds of one request, 10 ms each, in which the second drafter takes `seconds`."""
 
-    def __init__(self, seconds):
+    def __init__(self, seconds, node_seconds=0.0):
+        self.node_seconds = node_seconds
         self.clock = Clock()
         self.gate = SecondGate(self.clock)
         self.seconds, self.text, self.asked = seconds, [1, 2, 3], []
@@ -40,7 +41,7 @@ class Rounds:
             if asks:
                 self.clock.now += self.seconds
                 self.gate.took(self.seconds, [0])
-                self.gate.note(0, len(self.text), first, united)
+                self.gate.note(0, len(self.text), first, united, node_seconds=self.node_seconds)
             self.asked.append(asks)
             self.text = [*self.text, *after]
         return self.asked[-count:]
@@ -72,6 +73,33 @@ def test_what_is_unlikely_is_not_counted_on():
     doubtful = DraftTree(FINDS.token, FINDS.parent, FINDS.depth, np.array([0.3, 0.2, 0.05, 0.05]))
     asked = Rounds(0.002).run(100, first=MISSES, united=doubtful, after=[5, 6, 9])
     assert sum(asked[8:]) <= 6
+
+
+@pytest.mark.parametrize(("node_seconds", "asks"), [(0.0, True), (0.0005, True), (0.002, False)])
+def test_what_it_adds_has_to_pay_for_its_nodes(node_seconds, asks):
+    """Two tokens in 12 ms: 2 ms are worth a third of one, and it adds one with five nodes."""
+    tokens = [7, 8, 5, 6, 10, 11, 12]
+    more = DraftTree(
+        np.array(tokens), np.array([-1, 0, *[-1] * 5]), np.array([1, 2, *[1] * 5]), np.full(7, 0.5)
+    )
+    rounds = Rounds(0.002, node_seconds)
+    rounds.run(40, first=MISSES, united=more, after=[5, 9])
+    asked = rounds.run(100, first=MISSES, united=more, after=[5, 9])
+    assert all(asked) if asks else sum(asked) <= 8
+
+
+def test_nodes_that_would_not_be_verified_cost_nothing():
+    """At 250 tokens a second, 0.5 ms a node are worth an eighth of a token."""
+    many = [*range(20, 60)]
+    more = DraftTree(
+        np.array([7, 5, *many]),
+        np.full(42, -1),
+        np.ones(42, dtype=np.int64),
+        np.array([0.3, 0.3, *[0.01] * 40]),
+    )
+    rounds = Rounds(0.002, 0.0005)
+    rounds.run(40, first=MISSES, united=more, after=[5, 9])
+    assert all(rounds.run(60, first=MISSES, united=more, after=[5, 9]))
 
 
 def test_it_learns_apart_where_the_first_is_sure_and_where_not():
@@ -165,3 +193,20 @@ def test_the_engine_says_whether_to_save_time_and_texts_stay(auto_off):
     plain = dspark.Engine(target, config=config).generate(prompts, params)
     assert [r.token_ids for r in found] == [r.token_ids for r in plain]
     assert drafter.saves_time is inner.saves_time is auto_off
+
+
+def test_the_engine_says_what_a_node_takes():
+    seen = []
+
+    class Listener(Fixed):
+        def propose(self, contexts):
+            seen.extend(context.node_seconds for context in contexts)
+            return super().propose(contexts)
+
+    config = dspark.EngineConfig(
+        auto_off=False, step_seconds=lambda rows, _: 0.01 + 0.001 * rows + 1e-6 * rows**2
+    )
+    target = random_target("llama", exact=True, layers=2)
+    engine = dspark.Engine(target, drafter=Listener("one", [7, 8]), config=config)
+    engine.generate([[5, 9, 31, 7]], dspark.SamplingParams(max_tokens=6, ignore_eos=True))
+    assert seen[0] == pytest.approx(0.001 + 1e-6 * (9**2 - 1) / 8)
