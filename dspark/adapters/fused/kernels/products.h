@@ -122,6 +122,7 @@ static Tile pick_tile(bool is_half, bool has_pairs, int rows, Reach reach) {
   const auto all_rows = std::make_integer_sequence<int, MOST_ROWS>();
   const auto few_rows = std::make_integer_sequence<int, NEAR_ROWS>();
   if (reach == NEAR) return pick_tile<NEAR>(is_half, has_pairs, rows, few_rows);
+  if (reach == DEEP) return pick_tile<DEEP>(is_half, has_pairs, rows, all_rows);
   if (reach == FAR) return pick_tile<FAR>(is_half, has_pairs, rows, all_rows);
   return pick_tile<NONE>(is_half, has_pairs, rows, all_rows);
 }

@@ -205,6 +205,7 @@ static QuantisedTile pick_quantised(bool is_int4, int rows, std::integer_sequenc
 static QuantisedTile pick_quantised(bool is_int4, int rows, Reach reach) {
   const auto all_rows = std::make_integer_sequence<int, QUANTISED_ROWS>();
   if (reach == NEAR) return pick_quantised<NEAR>(is_int4, rows, all_rows);
+  if (reach == DEEP) return pick_quantised<DEEP>(is_int4, rows, all_rows);
   if (reach == FAR) return pick_quantised<FAR>(is_int4, rows, all_rows);
   return pick_quantised<NONE>(is_int4, rows, all_rows);
 }
