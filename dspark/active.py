@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from dspark.captured import Part
 from dspark.errors import DsparkError
 from dspark.output import OutputText, TextPiece
 from dspark.payoff import PayoffSwitch
@@ -20,9 +21,6 @@ from dspark.request import (
 )
 from dspark.verify.constraint import PathMasks
 from dspark.verify.noise import NoiseKey
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["ActiveRequest", "Phase"]
 
@@ -92,7 +90,7 @@ class ActiveRequest:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     stats: RequestStats = field(default_factory=RequestStats)
     switch: PayoffSwitch = field(default_factory=PayoffSwitch)
-    features: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    features: list[Part] = field(default_factory=list)
     pieces: list[TextPiece] = field(default_factory=list)
     fresh: list[int] = field(default_factory=list)
     submitted_at: float = field(default_factory=time.perf_counter)

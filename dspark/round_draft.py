@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from dspark.active import ActiveRequest, Phase
 from dspark.cache import Cache
+from dspark.captured import Captured
 from dspark.draft.base import DraftContext
 from dspark.errors import DsparkError
 from dspark.payoff import RoundCosts
@@ -364,7 +364,7 @@ class Drafting:
             return
         contexts = []
         for request in requests:
-            pending = sum(len(rows) for rows in next(iter(request.features.values()), []))
+            pending = sum(len(rows) for _, rows in request.features)
             is_wanted = request.is_awaited or request.phase is Phase.DONE
             least = 1 if is_wanted and self._drafter.takes_over else self._limits.prefill_chunk
             if pending < least or request.slot is None:
@@ -409,7 +409,7 @@ def _draft_context(
     request: ActiveRequest, tokens: Sequence[int], *, budget: int, depth: int
 ) -> DraftContext:
     """What the drafter is told of a request; the hidden states that waited for it go along."""
-    features = {layer: torch.cat(rows) for layer, rows in request.features.items()}
+    features = Captured(request.features) if request.features else None
     request.features.clear()
     return DraftContext(
         request_id=request.request_id,
@@ -422,6 +422,6 @@ def _draft_context(
         budget=budget,
         depth=depth,
         width=request.params.width,
-        features=features or None,
+        features=features,
         allowed=None if request.masks is None else request.masks.allowed,
     )

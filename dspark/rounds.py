@@ -273,9 +273,9 @@ class RoundRunner:
             self._cache.scrub(slot_of(part.request))
         if not part.request.params.draft:
             return  # nobody will ask for its hidden states
-        for layer, hidden in output.hidden.items():
-            rows = hidden[[first_row + row for row in kept]]
-            part.request.features.setdefault(layer, []).append(rows)
+        if output.hidden and kept:
+            rows = [first_row + row for row in kept]
+            part.request.features.append((output.hidden, rows))
 
     def _append(self, part: _Part, verdict: Verdict, logits: torch.Tensor, start: int) -> None:
         request, tree = part.request, part.draft.proposal.tree

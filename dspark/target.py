@@ -199,7 +199,8 @@ class TargetOutput:
             in it or in float32, in which they are judged.
         hidden: Captured hidden states {layer: [N, D]}; layer k is the OUTPUT of decoder layer k,
             -1 the embeddings, and the number of layers (one past the last) what the output head
-            gets: the last layer's output behind the final norm.
+            gets: the last layer's output behind the final norm. Nobody writes to them afterwards:
+            they are read when a drafter wants them, which may be rounds later.
         largest: Where the forward found the largest of every row, None if it did not look.
     """
 

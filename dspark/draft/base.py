@@ -6,7 +6,7 @@ what it offers may be wrong or slow but never changes the text (only rejected no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -56,7 +56,7 @@ class DraftContext:
     budget: int
     depth: int
     width: int | None = None
-    features: dict[int, torch.Tensor] | None = None
+    features: Mapping[int, torch.Tensor] | None = None
     node_seconds: float = 0.0
     allowed: AllowedAfter | None = None
 

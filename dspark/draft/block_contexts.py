@@ -10,12 +10,13 @@ the draft sees the text from there on only.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dspark.captured import rows_of, side_by_side
 from dspark.draft.base import DraftContext
 from dspark.draft.block_runner import BlockRunner, NewRows
 from dspark.draft.draft_cache import ContextCache, common_length
@@ -34,17 +35,24 @@ class _Arrival:
     Attributes:
         request_id: Whose.
         tokens: All tokens before the anchor.
-        rows: [n, layers * Dt], hidden states of the last n of them; None for none.
+        count: How many of the last of them it is for, n.
+        parts: Hidden states of these, in order; the first may have some of tokens before.
     """
 
     request_id: int
     tokens: Sequence[int]
-    rows: Tensor | None
+    count: int
+    parts: tuple[Mapping[int, Tensor], ...]
 
     @property
     def start(self) -> int:
         """The first new position."""
-        return len(self.tokens) - (0 if self.rows is None else int(self.rows.shape[0]))
+        return len(self.tokens) - self.count
+
+    def rows(self, layers: Sequence[int], device: torch.device) -> Tensor:
+        """The hidden states of some layers side by side, [n, layers * Dt]; n > 0."""
+        joined = [side_by_side(part, layers, device) for part in self.parts]
+        return (joined[0] if len(joined) == 1 else torch.cat(joined))[-self.count :]
 
 
 class BlockContexts:
@@ -97,8 +105,7 @@ class BlockContexts:
         many = []
         for context in contexts:
             new = self._arrived(context)
-            is_few = new.rows is not None and new.rows.shape[0] < _MOST_WAITING
-            if is_few and self._aligned(new).length == new.start:
+            if 0 < new.count < _MOST_WAITING and self._aligned(new).length == new.start:
                 self._waiting[context.request_id] = new
             else:
                 many.append(new)
@@ -135,9 +142,9 @@ class BlockContexts:
         lacking: list[NewRows] = []
         for new in arrivals:
             cache = self._aligned(new)
-            if new.rows is not None:
+            if new.count:
                 place = ready if cache.length == new.start else lacking
-                place.append((cache, new.tokens, new.rows))
+                place.append(self._rows(cache, new))
         if ready:
             self._runner().take(ready)
         for cache, tokens, features in lacking:  # a donor may be among the ready ones
@@ -147,23 +154,20 @@ class BlockContexts:
     def _arrived(self, context: DraftContext) -> _Arrival:
         """What a context brings, behind what waits of its request."""
         size = len(context.tokens) - 1
-        rows = self._features(context, size)
+        given = context.features or {}
+        is_whole = all(layer in given for layer in self._layers)
+        count = min(rows_of(given), size) if is_whole else 0
+        parts = (given,) if count else ()
         waiting = self._waiting.pop(context.request_id, None)
-        if waiting is not None and waiting.rows is not None:
-            start = size - (0 if rows is None else int(rows.shape[0]))
-            if len(waiting.tokens) == start:
-                rows = waiting.rows if rows is None else torch.cat([waiting.rows, rows])
+        if waiting is not None:
+            if len(waiting.tokens) == size - count:
+                count, parts = waiting.count + count, (*waiting.parts, *parts)
             else:  # positions come again, or some are missing
                 self._follow([waiting])
-        return _Arrival(context.request_id, context.tokens[:size], rows)
+        return _Arrival(context.request_id, context.tokens[:size], count, parts)
 
-    def _features(self, context: DraftContext, size: int) -> Tensor | None:
-        """Captured hidden states side by side, [n, layers * Dt]; of the last `size` positions."""
-        given = context.features
-        if not given or size == 0 or any(layer not in given for layer in self._layers):
-            return None
-        joined = torch.cat([given[layer].to(self._device) for layer in self._layers], dim=-1)
-        return joined[-size:] if joined.shape[0] else None
+    def _rows(self, cache: ContextCache, new: _Arrival) -> NewRows:
+        return cache, new.tokens, new.rows(self._layers, self._device)
 
     def _aligned(self, new: _Arrival) -> ContextCache:
         """The request's cache, holding nothing from the first new position on."""
@@ -214,8 +218,6 @@ class BlockContexts:
         if sharing:  # they continue their caches, so this comes to no gap
             self._follow([self._waiting.pop(request_id) for request_id in sharing])
         for place, (cache, waiting) in enumerate(self._ended):
-            if waiting is None or waiting.rows is None:
-                continue
-            if common_length(waiting.tokens, tokens) > waiting.start:
-                self._runner().take([(cache, waiting.tokens, waiting.rows)])
+            if waiting is not None and common_length(waiting.tokens, tokens) > waiting.start:
+                self._runner().take([self._rows(cache, waiting)])
                 self._ended[place] = cache, None

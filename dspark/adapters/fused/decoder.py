@@ -139,6 +139,7 @@ class FusedDecoder:
         """
         n, outputs = batch.num_rows, len(batch.output_rows)
         kept: dict[int, Tensor] = {}
+        inner = [layer for layer in dict.fromkeys(wanted) if 0 <= layer < self.num_layers]
         # numpy where torch would do: its first touch of an operation between two forwards, which
         # leave nothing else in the caches, takes ten times as long as the operation.
         if self._table is None or -1 in wanted:
@@ -147,17 +148,15 @@ class FusedDecoder:
                 x = kept[-1].to(torch.float32, copy=True).contiguous().numpy()
         else:
             x = _widened(self._table, batch.token_ids)
-        for layer in wanted:
-            if 0 <= layer < self.num_layers:
-                kept[layer] = torch.empty(x.shape)
+        states = torch.empty(len(inner), *x.shape)
         normed = np.empty_like(x)
         logits = torch.empty(outputs, self.head.outputs)
         spans, pieces, columns = _places(batch, cache)
         capture = self._no_capture
-        if kept:
-            capture = (ctypes.c_void_p * self.num_layers)(
-                *(structures.address(kept.get(layer)) for layer in range(self.num_layers))
-            )
+        if inner:
+            capture = (ctypes.c_void_p * self.num_layers)()
+            for place, layer in enumerate(inner):
+                capture[layer] = states.data_ptr() + place * x.nbytes
         tables = self._tables(reach)
         arrays = [_int64(a) for a in (batch.positions, batch.parent, batch.output_rows)]
         threads = torch.get_num_threads()
@@ -182,7 +181,10 @@ class FusedDecoder:
         self._library.forward(ctypes.addressof(self._model), ctypes.addressof(step))
         if self.num_layers in wanted:
             kept[self.num_layers] = torch.from_numpy(normed)
-        return logits, {k: kept[k].to(self.dtype) for k in wanted}, best
+        kept = {layer: hidden.to(self.dtype) for layer, hidden in kept.items()}
+        if inner:  # of all layers at once
+            kept.update(zip(inner, states.to(self.dtype).unbind(), strict=True))
+        return logits, kept, best
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Normed hidden states [n, D] -> logits, float32 [n, V] rounded to the model's dtype."""
