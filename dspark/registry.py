@@ -143,7 +143,7 @@ def load_target(folder: Path, options: LoadOptions) -> LoadedTarget:
         options: How.
 
     Raises:
-        CheckpointError: If there is no readable config.json, or nothing handles it.
+        CheckpointError: If there is no readable config.json, nothing handles it, or it is a draft's.
         CapabilityError: If `quant` is asked of a loader without the attribute `can_quantise`.
         ConfigError: If `quant` is none of QUANTS, or `draft_quant` none of DRAFT_QUANTS.
     """
@@ -159,6 +159,7 @@ def load_target(folder: Path, options: LoadOptions) -> LoadedTarget:
         raise CheckpointError(f"{path} cannot be read as JSON: {exc}") from exc
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} does not hold a JSON object.")
+    _refuse_draft(config, options.name)
     loader = find_loader(config, is_reference=options.is_reference)
     if options.quant != "none" and not getattr(loader, "can_quantise", False):
         raise CapabilityError(
@@ -166,6 +167,16 @@ def load_target(folder: Path, options: LoadOptions) -> LoadedTarget:
             hint="leave out --quant",
         )
     return loader.load(folder, options)
+
+
+def _refuse_draft(config: Mapping[str, Any], name: str) -> None:
+    from dspark.draft.formats.detect import is_draft
+
+    if is_draft(config):
+        raise CheckpointError(
+            f"{name} is a draft module, which drafts for a model and is none itself.",
+            hint="give it as --draft, beside the model that it was trained for",
+        )
 
 
 def pack_draft(module: object, options: LoadOptions) -> str:

@@ -222,3 +222,16 @@ def test_a_folder_without_a_proper_config_is_refused(
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=message):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "dspark_draft", "architectures": ["DSparkDraft"], "dspark_draft": {}},
+        {"model_type": "llama", "architectures": ["LlamaForCausalLMEagle3"]},
+    ],
+)
+def test_a_draft_module_is_no_target(config: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="a model is a draft module") as refusal:
+        load(folder_of(tmp_path, config))
+    assert "--draft" in (refusal.value.hint or "")
