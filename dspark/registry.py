@@ -143,7 +143,7 @@ def load_target(folder: Path, options: LoadOptions) -> LoadedTarget:
         options: How.
 
     Raises:
-        CheckpointError: If there is no readable config.json, nothing handles it, or it is a draft's.
+        CheckpointError: If config.json is missing or unreadable, a draft's, or nobody handles it.
         CapabilityError: If `quant` is asked of a loader without the attribute `can_quantise`.
         ConfigError: If `quant` is none of QUANTS, or `draft_quant` none of DRAFT_QUANTS.
     """
