@@ -20,7 +20,7 @@ Letters: R rows, V vocabulary, m best tokens asked for, n ids asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
@@ -32,9 +32,13 @@ from torch import Tensor
 
 from dspark.errors import CapabilityError, ConfigError, ShapeError
 from dspark.verify.noise_native import noise_library
+from dspark.verify.noise_vectors import NARROW, UNIT, noise_vector
+from dspark.verify.noise_words import extend, mix_array, token_words, vocabulary_words
 
 __all__ = [
+    "LARGE",
     "MAX_GUMBEL",
+    "SLACK",
     "NoiseKey",
     "Stream",
     "approximate_gumbel",
@@ -43,6 +47,9 @@ __all__ = [
     "gumbel",
     "perturbed_argmax",
     "perturbed_topk",
+    "ranked",
+    "state_of",
+    "states_of",
     "uniform",
 ]
 
@@ -52,26 +59,16 @@ IntArray = NDArray[np.int64]
 WordArray = NDArray[np.uint64]
 
 _MASK = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-_FIRST = 0xBF58476D1CE4E5B9
-_SECOND = 0x94D049BB133111EB
-_UNIT = 2.0**-53
-
-_SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
-_FACTORS = (np.uint64(_FIRST), np.uint64(_SECOND))
 
 MAX_GUMBEL = 36.75  # above the largest value that can occur, 53 ln 2; the smallest is -3.61
-_NARROW = 512  # up to this width rows are evaluated together, in float64 throughout
 _SPARSE = 1024  # rows with no more finite entries than this are evaluated on those alone
-_CHUNK = 8192  # words hashed at a time, so that they stay in the first-level cache
 _BLOCK = 256  # width of the blocks whose maxima bound the m-th largest value
 _FEW_ROWS = 8  # whose states are chained one by one, which is faster than by array
-_CACHED_VECTORS = 64  # 12 MiB at V = 49 152, 64 MiB at V = 262 144
-# Five times the noise's own bound (see `_approximate_gumbel`), and float32 rounding of logits.
-_NOISE_ERROR = 1e-4
-_ROUNDING = 2.0**-22
-_CLAMP = np.float32(1 - 2.0**-10)
-_LARGE = 1000.0  # perturbed values up to which the kernels' slack is enough
+# Five times the noise's own bound (see `noise_vector`), and float32 rounding of logits.
+NOISE_ERROR = 1e-4
+ROUNDING = 2.0**-22
+LARGE = 1000.0  # perturbed values up to which the kernels' slack is enough
+SLACK = 2 * (NOISE_ERROR + ROUNDING * (LARGE + MAX_GUMBEL))  # errors of two sums, there
 
 
 class Stream(IntEnum):
@@ -106,64 +103,25 @@ class NoiseKey:
             raise ConfigError(f"sample is {self.sample}, but must be from 0 to 2**64 - 1.")
 
 
-def _mix(word: int) -> int:
-    """Scramble one 64-bit word; a bijection."""
-    word = ((word ^ (word >> 30)) * _FIRST) & _MASK
-    word = ((word ^ (word >> 27)) * _SECOND) & _MASK
-    return word ^ (word >> 31)
-
-
-def _mix_array(words: WordArray) -> WordArray:
-    """Scramble uint64 [n] in place, as `_mix` does."""
-    for start in range(0, words.shape[0], _CHUNK):
-        part = words[start : start + _CHUNK]
-        part ^= part >> _SHIFTS[0]
-        part *= _FACTORS[0]
-        part ^= part >> _SHIFTS[1]
-        part *= _FACTORS[1]
-        part ^= part >> _SHIFTS[2]
-    return words
-
-
-def _extend(state: int, words: Iterable[int]) -> int:
-    """Chain words, each in 64-bit two's complement, to a state."""
-    for word in words:
-        state = _mix(state ^ _mix((word + _GOLDEN) & _MASK))
-    return state
-
-
 @lru_cache(maxsize=1 << 12)
 def _stream_state(key: NoiseKey, stream: Stream) -> int:
     """The state that all noise of one stream of a key starts from."""
-    return _extend(0, (key.seed, key.sample, stream))
+    return extend(0, (key.seed, key.sample, stream))
 
 
-def _state(key: NoiseKey, stream: Stream, *counters: int) -> int:
+def state_of(key: NoiseKey, stream: Stream, *counters: int) -> int:
     """The state named by a key, a stream and counters."""
-    return _extend(_stream_state(key, stream), counters)
-
-
-def _token_words(ids: IntArray) -> WordArray:
-    """Scramble token ids [n] as `_extend` scrambles a word before chaining it."""
-    return _mix_array(ids.astype(np.uint64) + np.uint64(_GOLDEN))
-
-
-@lru_cache(maxsize=4)
-def _vocabulary_words(size: int) -> WordArray:
-    """`_token_words` of 0 .. size - 1, kept because every position needs it."""
-    words = _token_words(np.arange(size, dtype=np.int64))
-    words.flags.writeable = False
-    return words
+    return extend(_stream_state(key, stream), counters)
 
 
 def _bits(state: int, ids: IntArray) -> WordArray:
     """64 bits for each token id: the state with the id as one more word."""
-    return _mix_array(_token_words(ids) ^ np.uint64(state))
+    return mix_array(token_words(ids) ^ np.uint64(state))
 
 
 def _unit(bits: WordArray) -> FloatArray:
     """Map 64 bits to multiples of 2**-53 in [2**-53, 1 - 2**-53]."""
-    values: FloatArray = np.maximum(bits >> np.uint64(11), np.uint64(1)).astype(np.float64) * _UNIT
+    values: FloatArray = np.maximum(bits >> np.uint64(11), np.uint64(1)).astype(np.float64) * UNIT
     return values
 
 
@@ -180,7 +138,7 @@ def _to_gumbel(bits: WordArray) -> FloatArray:
 def gumbel(key: NoiseKey, position: int, token_ids: Sequence[int] | IntArray) -> FloatArray:
     """Give the coupled rule's noise at an output position: float64 [n] for token ids [n]."""
     ids = np.asarray(token_ids, dtype=np.int64)
-    return _to_gumbel(_bits(_state(key, Stream.COUPLED, position), ids))
+    return _to_gumbel(_bits(state_of(key, Stream.COUPLED, position), ids))
 
 
 def draft_gumbel(
@@ -198,7 +156,7 @@ def draft_gumbel(
         float64 [n], standard Gumbel, independent of every other stream.
     """
     ids = np.asarray(token_ids, dtype=np.int64)
-    return _to_gumbel(_bits(_state(key, Stream.DRAFT, round_index, node), ids))
+    return _to_gumbel(_bits(state_of(key, Stream.DRAFT, round_index, node), ids))
 
 
 def uniform(key: NoiseKey, *counters: int) -> float:
@@ -211,44 +169,28 @@ def uniform(key: NoiseKey, *counters: int) -> float:
     Returns:
         A multiple of 2**-53, strictly between 0 and 1.
     """
-    bits = _state(key, Stream.RULE, *counters)
-    return max(bits >> 11, 1) * _UNIT
-
-
-@lru_cache(maxsize=_CACHED_VECTORS)
-def _approximate_gumbel(state: int, size: int) -> HalfArray:
-    """Give float32 noise of tokens 0 .. size - 1, at most 2e-5 below the exact values.
-
-    For w <= 1 - 2**-10 rounding w to float32 moves -log1p(-w) by at most 2**-25 / 2**-10 / 6.9
-    (relative), and the two logarithms add a few units in the last place: under 2e-5 altogether.
-    Larger w are clamped, which overestimates values under -1.93; that is the safe direction.
-    """
-    words = _vocabulary_words(size)
-    library = noise_library() if size > _NARROW else None
-    if library is not None:
-        made = library.vector(words, state)
-        made.flags.writeable = False
-        return made
-    out = np.empty(size, dtype=np.float32)
-    for start in range(0, size, _CHUNK):
-        bits = _mix_array(words[start : start + _CHUNK] ^ np.uint64(state))
-        bits >>= np.uint64(11)
-        part = out[start : start + _CHUNK]
-        part[:] = bits.view(np.int64)  # signed converts faster; 53 bits fit
-        part *= np.float32(_UNIT)
-        np.clip(part, np.float32(_UNIT), _CLAMP, out=part)
-        np.log1p(np.negative(part, out=part), out=part)
-        np.log(np.negative(part, out=part), out=part)
-        np.negative(part, out=part)
-    out.flags.writeable = False
-    return out
+    bits = state_of(key, Stream.RULE, *counters)
+    return max(bits >> 11, 1) * UNIT
 
 
 def _ranked(row: HalfArray, state: int, ids: IntArray) -> tuple[IntArray, FloatArray]:
-    """Perturb the given ids exactly and sort them by falling value, then rising id."""
-    values = row[ids].astype(np.float64) + _to_gumbel(_bits(state, ids))
-    order = np.lexsort((ids, -values))
-    return ids[order], values[order]
+    return ranked(row[ids], state, ids)
+
+
+def ranked(values: HalfArray, state: int, ids: IntArray) -> tuple[IntArray, FloatArray]:
+    """Perturb some tokens exactly and sort them by falling value, then rising id.
+
+    Args:
+        values: float32 [n], their shaped logits.
+        state: Of the noise.
+        ids: int64 [n], the tokens.
+
+    Returns:
+        The tokens, and float64 [n], their perturbed values.
+    """
+    exact = values.astype(np.float64) + _to_gumbel(_bits(state, ids))
+    order = np.lexsort((ids, -exact))
+    return ids[order], exact[order]
 
 
 def _floor(values: HalfArray, m: int) -> float:
@@ -271,15 +213,15 @@ def _best(row: HalfArray, state: int, m: int) -> tuple[IntArray, FloatArray]:
     if np.count_nonzero(is_finite) <= max(_SPARSE, 4 * m):
         ids, values = _ranked(row, state, np.flatnonzero(is_finite))
         return ids[:m], values[:m]
-    approximate = row + _approximate_gumbel(state, row.shape[0])
+    approximate = row + noise_vector(state, row.shape[0])
     floor = _floor(approximate, m)
-    floor -= 2 * (_NOISE_ERROR + _ROUNDING * (abs(floor) + MAX_GUMBEL))  # spares a second pass
+    floor -= 2 * (NOISE_ERROR + ROUNDING * (abs(floor) + MAX_GUMBEL))  # spares a second pass
     ids, values = _ranked(row, state, np.flatnonzero(approximate >= floor))
     # At least m exact values reach values[m - 1], so nothing below it can be among the m best,
     # and whatever reaches it exactly comes within the error bound approximately.
     certain = float(values[m - 1])
     reach = max(abs(certain), abs(float(values[0]))) + 1.0
-    safe = certain - _NOISE_ERROR - _ROUNDING * reach
+    safe = certain - NOISE_ERROR - ROUNDING * reach
     if safe < floor:
         ids, values = _ranked(row, state, np.flatnonzero(approximate >= safe))
     return ids[:m], values[:m]
@@ -290,15 +232,14 @@ def _best_natively(row: HalfArray, state: int, m: int) -> tuple[IntArray, FloatA
     library = noise_library()
     if library is None:
         return None
-    noise = _approximate_gumbel(state, row.shape[0])
-    slack = 2 * (_NOISE_ERROR + _ROUNDING * (_LARGE + MAX_GUMBEL))
-    found = library.candidates(row, noise, m, slack)
-    if found is None or abs(found[1]) > _LARGE:
+    noise = noise_vector(state, row.shape[0])
+    found = library.candidates(row, noise, m, SLACK)
+    if found is None or abs(found[1]) > LARGE:
         return None
     ids, values = _ranked(row, state, found[0])
     reach = max(abs(float(values[m - 1])), abs(float(values[0]))) + 1.0
-    safe = float(values[m - 1]) - _NOISE_ERROR - _ROUNDING * reach  # as in `_best`
-    return (ids[:m], values[:m]) if safe >= found[1] - slack else None
+    safe = float(values[m - 1]) - NOISE_ERROR - ROUNDING * reach  # as in `_best`
+    return (ids[:m], values[:m]) if safe >= found[1] - SLACK else None
 
 
 def _narrow_best(rows: HalfArray, states: Sequence[int], m: int) -> tuple[IntArray, FloatArray]:
@@ -310,8 +251,8 @@ def _narrow_best(rows: HalfArray, states: Sequence[int], m: int) -> tuple[IntArr
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
         state = np.array(states[part], dtype=np.uint64)
-        words = (_vocabulary_words(size)[None, :] ^ state[:, None]).reshape(-1)
-        noise = _to_gumbel(_mix_array(words)).reshape(-1, size)
+        words = (vocabulary_words(size)[None, :] ^ state[:, None]).reshape(-1)
+        noise = _to_gumbel(mix_array(words)).reshape(-1, size)
         perturbed = rows[part].astype(np.float64) + noise
         if m == 1:
             ids[part] = perturbed.argmax(axis=1)[:, None]  # the first maximum
@@ -332,12 +273,12 @@ def _topk(shaped: Tensor, states: Sequence[int], m: int) -> tuple[IntArray, Floa
     if m < 1:
         raise ConfigError(f"m is {m}, but must be an integer >= 1.")
     rows: HalfArray = shaped.detach().to("cpu", torch.float32).numpy()
-    if len(rows) and m <= rows.shape[1] <= _NARROW:
+    if len(rows) and m <= rows.shape[1] <= NARROW:
         return _narrow_best(rows, states, m)
     ids = np.full((len(rows), m), -1, dtype=np.int64)
     values = np.full((len(rows), m), -np.inf)
     width = min(m, rows.shape[1])
-    if rows.shape[1] <= _NARROW:
+    if rows.shape[1] <= NARROW:
         if len(rows) and width:
             ids[:, :width], values[:, :width] = _narrow_best(rows, states, width)
         return ids, values
@@ -347,7 +288,7 @@ def _topk(shaped: Tensor, states: Sequence[int], m: int) -> tuple[IntArray, Floa
     return ids, values
 
 
-def _states(keys: Sequence[NoiseKey], stream: Stream, *counters: Sequence[int]) -> list[int]:
+def states_of(keys: Sequence[NoiseKey], stream: Stream, *counters: Sequence[int]) -> list[int]:
     """Chain every row's key, stream and counters."""
     if any(len(c) != len(keys) for c in counters):
         lengths = [len(c) for c in counters]
@@ -362,11 +303,11 @@ def _states(keys: Sequence[NoiseKey], stream: Stream, *counters: Sequence[int]) 
     words = [np.array(counter, dtype=np.int64) for counter in counters]
     if len(keys) <= _FEW_ROWS:
         rows = zip(*(word.tolist() for word in words), strict=True)
-        return [_extend(start, row) for start, row in zip(starts, rows, strict=True)]
+        return [extend(start, row) for start, row in zip(starts, rows, strict=True)]
     states = np.array(starts, dtype=np.uint64)
-    for word in words:  # as `_extend`, all rows at once
-        states ^= _token_words(word)
-        _mix_array(states)
+    for word in words:  # as `extend`, all rows at once
+        states ^= token_words(word)
+        mix_array(states)
     values: list[int] = states.tolist()
     return values
 
@@ -387,7 +328,7 @@ def approximate_gumbel(key: NoiseKey, position: int, size: int) -> HalfArray:
     Returns:
         float32 [V], at most 2e-5 off; shared, not to be written to.
     """
-    return _approximate_gumbel(_state(key, Stream.COUPLED, position), size)
+    return noise_vector(state_of(key, Stream.COUPLED, position), size)
 
 
 def perturbed_argmax(
@@ -412,7 +353,7 @@ def perturbed_argmax(
         ShapeError: If the number of rows, keys and positions differ.
         CapabilityError: If a row has no finite logit.
     """
-    ids, _ = _topk(shaped, _states(keys, stream, positions), 1)
+    ids, _ = _topk(shaped, states_of(keys, stream, positions), 1)
     if (ids < 0).any():
         row = int(np.flatnonzero(ids[:, 0] < 0)[0])
         raise CapabilityError(f"row {row} has no token with a finite logit to draw.")
@@ -439,7 +380,7 @@ def perturbed_topk(
         ShapeError: If the number of rows, keys and positions differ.
         ConfigError: If m is below 1.
     """
-    return _tensors(shaped, _topk(shaped, _states(keys, stream, positions), m))
+    return _tensors(shaped, _topk(shaped, states_of(keys, stream, positions), m))
 
 
 def draft_topk(
@@ -458,4 +399,4 @@ def draft_topk(
         ShapeError: If the number of rows, keys, rounds and nodes differ.
         ConfigError: If m is below 1.
     """
-    return _tensors(shaped, _topk(shaped, _states(keys, Stream.DRAFT, rounds, nodes), m))
+    return _tensors(shaped, _topk(shaped, states_of(keys, Stream.DRAFT, rounds, nodes), m))

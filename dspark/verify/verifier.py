@@ -26,13 +26,16 @@ from dspark.request import Rule, SamplingParams
 from dspark.tree import DraftTree, Proposal
 from dspark.verify.constraint import AllowedAfter
 from dspark.verify.likeliest import check_finite, likeliest, likeliest_unshaped
-from dspark.verify.noise import NoiseKey, Stream, perturbed_argmax, uniform
+from dspark.verify.noise import NoiseKey, Stream, perturbed_argmax, state_of, uniform
+from dspark.verify.noise_rows import scaled_argmax
 from dspark.verify.rules import CLOSING, draw, walk_block, walk_rejection, walk_targets
 from dspark.verify.sampling import (
     History,
     changes_nothing,
     has_history,
     law_of_row,
+    only_scales,
+    scale_of,
     shape_logits,
 )
 
@@ -161,6 +164,9 @@ def _verify_free(logits: Tensor, jobs: Sequence[VerifyJob], tops: IntArray | Non
         if min(tokens) < 0:
             tokens = likeliest_unshaped(rows)
         return _verify_unshaped(tokens, jobs)
+    drawn = _drawn(logits, jobs)
+    if drawn is not None:
+        return _verify_unshaped(drawn, jobs)
     starts = np.cumsum([0, *(job.num_rows for job in jobs)])
     shaped = _shape(_rows_of(logits, jobs), jobs)
     verdicts: dict[int, Verdict] = {}
@@ -186,8 +192,26 @@ def _takes_likeliest(job: VerifyJob) -> bool:
     return takes_tokens and changes_nothing(job.params, job.bad_words)
 
 
+def _drawn(logits: Tensor, jobs: Sequence[VerifyJob]) -> list[int] | None:
+    """The target's tokens at the rows of jobs that draw with noise under a temperature alone.
+
+    None where a job is of another kind, or a row wants a closer look.
+    """
+    scales: list[float] = []
+    states: list[int] = []
+    for job in jobs:
+        stream = None if job.rule.draws_from_laws else _stream_of(job)
+        if stream is None or job.bad_words or not only_scales(job.params):
+            return None
+        positions = [job.position, *(job.position + job.proposal.tree.depth).tolist()]
+        scales += [scale_of(job.params)] * len(positions)
+        known = {at: state_of(job.noise, stream, at) for at in set(positions)}
+        states += [known[at] for at in positions]
+    return scaled_argmax(_rows_of(logits, jobs), scales, states)
+
+
 def _verify_unshaped(tokens: Sequence[int], jobs: Sequence[VerifyJob]) -> list[Verdict]:
-    """Judge such jobs, given the target's token at each of their rows."""
+    """Judge jobs that compare tokens, given the target's at each of their rows."""
     start = 0
     verdicts = []
     for job in jobs:

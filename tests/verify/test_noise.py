@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from dspark.errors import CapabilityError, ConfigError, ShapeError
-from dspark.verify import noise
+from dspark.verify import noise, noise_vectors
 from dspark.verify.noise import (
     MAX_GUMBEL,
     NoiseKey,
@@ -34,7 +34,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     monkeypatch.setenv("DSPARK_PATH", "plain" if request.param == "numpy" else "auto")
     if request.param == "kernels" and noise.noise_library() is None:
         pytest.skip("no C++ compiler")
-    noise._approximate_gumbel.cache_clear()
+    noise_vectors.forget_vectors()
     return str(request.param)
 
 
@@ -120,9 +120,9 @@ def test_neighbouring_names_and_streams_give_uncorrelated_vectors() -> None:
 def test_the_approximation_is_within_its_bound() -> None:
     """The bound is one-sided: clamped values may only be too large."""
     size = 100_000
-    for state in (1, 2**63, noise._state(KEY, Stream.RULE, 4)):
+    for state in (1, 2**63, noise.state_of(KEY, Stream.RULE, 4)):
         exact = noise._to_gumbel(noise._bits(state, np.arange(size)))
-        gap = exact - noise._approximate_gumbel(state, size)
+        gap = exact - noise.noise_vector(state, size)
         assert gap.max() < 2e-5
         assert gap[exact > -1.9].min() > -2e-5
 
@@ -175,7 +175,7 @@ def test_narrow_and_wide_rows_take_the_same_values(monkeypatch: pytest.MonkeyPat
     rows[2, ::3] = -math.inf
     keys, positions = [NoiseKey(s) for s in range(8)], list(range(8))
     narrow = perturbed_topk(rows, keys, positions, 4)
-    monkeypatch.setattr(noise, "_NARROW", 0)
+    monkeypatch.setattr(noise, "NARROW", 0)
     sparse = perturbed_topk(rows, keys, positions, 4)
     monkeypatch.setattr(noise, "_SPARSE", 0)
     wide = perturbed_topk(rows, keys, positions, 4)
@@ -199,7 +199,7 @@ def test_removed_tokens_are_never_chosen(size: int) -> None:
 
 def test_equal_values_go_to_the_lowest_id(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noise, "_to_gumbel", lambda bits: np.zeros(len(bits)))
-    monkeypatch.setattr(noise, "_approximate_gumbel", lambda _, size: np.zeros(size, np.float32))
+    monkeypatch.setattr(noise, "noise_vector", lambda _, size: np.zeros(size, np.float32))
     for size in (50, 5000):
         ids, _ = perturbed_topk(torch.zeros(1, size), [KEY], [0], 3)
         assert ids[0].tolist() == [0, 1, 2]
@@ -218,7 +218,7 @@ def test_both_paths_find_the_same(size: int, m: int, monkeypatch: pytest.MonkeyP
     found = []
     for path in ("plain", "auto"):
         monkeypatch.setenv("DSPARK_PATH", path)
-        noise._approximate_gumbel.cache_clear()
+        noise_vectors.forget_vectors()
         found.append(perturbed_topk(rows, keys, positions, m))
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
@@ -233,7 +233,7 @@ def test_the_kernels_noise_is_within_its_bound_at_both_ends() -> None:
     units += [int(f * 2**53) for f in (0.0199999, 0.02, 0.0200001, 0.3, 0.5, 0.7, 0.999)]
     words = np.array([_unmixed(unit << 11) for unit in units], dtype=np.uint64)
     exact = noise._to_gumbel(np.array(units, dtype=np.uint64) << np.uint64(11))
-    gap = exact - library.vector(words, 0)
+    gap = exact - library.vectors(words, [0], 1)[0]
     assert gap.max() < 2e-5
     assert gap[exact > -1.9].min() > -2e-5
 

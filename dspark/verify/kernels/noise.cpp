@@ -80,6 +80,79 @@ INLINE Floats gumbel(Words words, uint64_t state) {
   return -logarithm(choose(w < all(0.02f), series, exact));
 }
 
+INLINE Floats larger(Floats a, Floats b) { return choose(b > a, b, a); }
+
+static float largest(Floats v) {
+  float top = v[0];
+  for (int k = 1; k < LANES; k++) top = v[k] > top ? v[k] : top;
+  return top;
+}
+
+// A row of logits with its noise.
+struct Row {
+  const float *logits, *noise;
+  int64_t size;
+  float scale;
+
+  int64_t find(float slack, int64_t room, int64_t* ids, float* top, float* most) const {
+    *most = scale == 1.0f ? 0.0f : best();
+    return scale == 1.0f ? found(slack, room, ids, top, [](auto x) { return x; })
+                         : found(slack, room, ids, top, [this, most](auto x) {
+                             return (x - *most) / scale;  // as sampling.py: no product, no sum
+                           });
+  }
+
+  float best() const {
+    Floats most = all(-__builtin_inff());
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) most = larger(most, load<Floats>(logits + i));
+    float top = largest(most);
+    for (; i < size; i++) top = logits[i] > top ? logits[i] : top;
+    return top;
+  }
+
+  template <typename Shape>
+  int64_t found(float slack, int64_t room, int64_t* ids, float* top, Shape shape) const {
+    constexpr int64_t BLOCK = 16 * LANES;
+    float tops[(1 << 20) / BLOCK];
+    if (size > (1 << 20)) return -1;
+    Ints broken = Ints{};
+    *top = -__builtin_inff();
+    for (int64_t start = 0; start < size; start += BLOCK) {
+      const int64_t stop = start + BLOCK < size ? start + BLOCK : size;
+      Floats most = all(-__builtin_inff());
+      int64_t i = start;
+      for (; i + LANES <= stop; i += LANES) {
+        const Floats v = shape(load<Floats>(logits + i)) + load<Floats>(noise + i);
+        most = larger(most, v);
+        broken |= v != v;
+      }
+      float own = largest(most);
+      for (; i < stop; i++) {
+        const float v = shape(logits[i]) + noise[i];
+        if (v != v) return -1;
+        own = v > own ? v : own;
+      }
+      tops[start / BLOCK] = own;
+      *top = own > *top ? own : *top;
+    }
+    for (int k = 0; k < LANES; k++)
+      if (broken[k]) return -1;
+    const float least = *top - slack;
+    int64_t count = 0;
+    for (int64_t start = 0; start < size; start += BLOCK) {
+      if (!(tops[start / BLOCK] >= least)) continue;
+      const int64_t stop = start + BLOCK < size ? start + BLOCK : size;
+      for (int64_t i = start; i < stop; i++)
+        if (shape(logits[i]) + noise[i] >= least) {
+          if (count < room) ids[count] = i;
+          count++;
+        }
+    }
+    return count;
+  }
+};
+
 extern "C" {
 
 // out [size] = noise of tokens 0 .. size - 1 under a state; words as `_vocabulary_words`.
@@ -148,5 +221,32 @@ int64_t dspark_noise_candidates(const float* row, const float* noise, int64_t si
       }
   }
   return count;
+}
+
+// Noise of several states; parts of a vector are threads' work.
+void dspark_noise_vectors(const uint64_t* words, int64_t size, const uint64_t* states, int64_t count,
+                          int64_t threads, float* const* out) {
+  constexpr int64_t PART = 4096;
+  const int64_t parts = (size + PART - 1) / PART;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t i = 0; i < count * parts; i++) {
+    const int64_t start = i % parts * PART;
+    const int64_t n = start + PART < size ? PART : size - start;
+    dspark_noise_vector(words + start, n, states[i / parts], out[i / parts] + start);
+  }
+}
+
+// Of each row of logits, less its largest and divided by its scale unless that is 1: the tokens
+// whose sum with the noise comes within `slack` of the largest sum. How many there are is in
+// `counts`, -1 where a sum is no number; the first `room` of them in `ids`, by rising id; the
+// largest sum in `tops`, the largest logit in `most`.
+void dspark_noise_rows(const float* logits, int64_t rows, int64_t size, const float* scale,
+                       const float* const* noise, float slack, int64_t room, int64_t threads,
+                       int64_t* counts, int64_t* ids, float* tops, float* most) {
+#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1 && rows > 1)
+  for (int64_t r = 0; r < rows; r++) {
+    const Row row{logits + r * size, noise[r], size, scale[r]};
+    counts[r] = row.find(slack, room, ids + r * room, tops + r, most + r);
+  }
 }
 }
