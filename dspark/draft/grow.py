@@ -238,7 +238,7 @@ class RankedGrowth:
         if context.rule is not Rule.COUPLED:
             return None
         depth = 0 if node < 0 else self.tree.depth[node]
-        return noise.approximate_gumbel(context.noise, context.output_position + depth, size)
+        return noise.approximate_gumbel(context.noise, [context.output_position + depth], size)[0]
 
     def ask(self, request: int, scale: float, size: int) -> Ask | None:
         """The whole tree, for somebody else to grow; None where it has to be grown here.
@@ -254,10 +254,8 @@ class RankedGrowth:
         noises = None
         if context.rule is Rule.COUPLED:
             first = context.output_position
-            noises = [
-                noise.approximate_gumbel(context.noise, first + depth, size)
-                for depth in range(limits.depth)
-            ]
+            positions = range(first, first + limits.depth)
+            noises = noise.approximate_gumbel(context.noise, positions, size)
         return Ask(
             request=request,
             anchor=context.tokens[-1],

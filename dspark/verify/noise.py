@@ -32,7 +32,7 @@ from torch import Tensor
 
 from dspark.errors import CapabilityError, ConfigError, ShapeError
 from dspark.verify.noise_native import noise_library
-from dspark.verify.noise_vectors import NARROW, UNIT, noise_vector
+from dspark.verify.noise_vectors import NARROW, UNIT, noise_vector, noise_vectors
 from dspark.verify.noise_words import extend, mix_array, token_words, vocabulary_words
 
 __all__ = [
@@ -317,18 +317,19 @@ def _tensors(like: Tensor, found: tuple[IntArray, FloatArray]) -> tuple[Tensor, 
     return ids, values
 
 
-def approximate_gumbel(key: NoiseKey, position: int, size: int) -> HalfArray:
+def approximate_gumbel(key: NoiseKey, positions: Sequence[int], size: int) -> list[HalfArray]:
     """Noise of the coupled rule in float32, for whoever only guesses what will be drawn.
 
     Args:
         key: The sample's key.
-        position: Output position.
+        positions: Output positions.
         size: V.
 
     Returns:
-        float32 [V], at most 2e-5 off; shared, not to be written to.
+        float32 [V] for each position, at most 2e-5 off; shared, not to be written to.
     """
-    return noise_vector(state_of(key, Stream.COUPLED, position), size)
+    states = [state_of(key, Stream.COUPLED, position) for position in positions]
+    return noise_vectors(states, size, torch.get_num_threads())
 
 
 def perturbed_argmax(
