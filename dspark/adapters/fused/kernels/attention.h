@@ -16,18 +16,25 @@
 
 #define MOST_QUERIES 32  // rows times heads of a group that share what is read of keys and values
 
-static void normalize(const Model& m, const float* x, const float* weight, int64_t n, float* out) {
-  Floats squares = Floats{};
-  for (int64_t i = 0; i < n; i += LANES) {
-    Floats v = load(x + i);
-    squares += v * v;
-  }
+template <typename In, typename Out>
+static void normalize_by(const Model& m, Floats squares, const In* x, const float* weight,
+                         int64_t n, Out* out) {
   float factor = 1.0f / std::sqrt(total(squares) / (float)n + m.eps);
   for (int64_t i = 0; i < n; i += LANES) {
     Floats unit = load(x + i) * factor;
     if (m.rounds_unit_norm) unit = rounded(unit, m.is_rounded);
     store(out + i, rounded(unit * load(weight + i), m.is_rounded));
   }
+}
+
+template <typename In, typename Out>
+static void normalize(const Model& m, const In* x, const float* weight, int64_t n, Out* out) {
+  Floats squares = Floats{};
+  for (int64_t i = 0; i < n; i += LANES) {
+    Floats v = load(x + i);
+    squares += v * v;
+  }
+  normalize_by(m, squares, x, weight, n, out);
 }
 
 static float round_one(float v, bool is_rounded) {
@@ -39,35 +46,46 @@ static float round_one(float v, bool is_rounded) {
   return v;
 }
 
-static void rotate(const Model& m, float* x, const float* table) {
-  int64_t half = m.head_dim / 2;
+template <typename A>
+static void rotate(const Model& m, A* x, const float* table) {
+  const int64_t half = m.head_dim / 2;
   const float *cosine = table, *sine = table + half;
+  int64_t i = 0;
   if (!m.is_rounded) {
-    for (int64_t i = 0; i < half; i++) {
-      float a = x[i], b = x[i + half];
-      x[i] = a * cosine[i] - b * sine[i];
-      x[i + half] = b * cosine[i] + a * sine[i];
+    for (; i < half; i++) {
+      const float a = widened(x[i]), b = widened(x[i + half]);
+      narrow(a * cosine[i] - b * sine[i], x + i);
+      narrow(b * cosine[i] + a * sine[i], x + i + half);
     }
     return;
   }
-  for (int64_t i = 0; i < half; i++) {
-    float a = x[i], b = x[i + half];
-    x[i] = round_one(round_one(a * cosine[i], true) - round_one(b * sine[i], true), true);
-    x[i + half] = round_one(round_one(b * cosine[i], true) + round_one(a * sine[i], true), true);
+  for (; i + LANES <= half; i += LANES) {
+    const Floats a = load(x + i), b = load(x + i + half), c = load(cosine + i), s = load(sine + i);
+    store(x + i, to_bfloat16(to_bfloat16(a * c) - to_bfloat16(b * s)));
+    store(x + i + half, to_bfloat16(to_bfloat16(b * c) + to_bfloat16(a * s)));
+  }
+  for (; i < half; i++) {
+    const float a = widened(x[i]), b = widened(x[i + half]), c = cosine[i], s = sine[i];
+    narrow(round_one(round_one(a * c, true) - round_one(b * s, true), true), x + i);
+    narrow(round_one(round_one(b * c, true) + round_one(a * s, true), true), x + i + half);
   }
 }
 
-// Kept is what a key or value is kept as: float, or Half in a model that rounds to bfloat16.
-template <typename Kept>
+// Kept is what a key or value is kept as, A what the activations are: float, or Half in a model that
+// rounds to bfloat16. Queries in Half are not scaled, their scores are.
+template <typename Kept, typename A>
 struct Attention {
   const Model& model;
   const Step& step;
   const Layer& layer;
   int64_t index;         // of the layer
-  const float* qkv;      // [rows, (heads + 2 kv_heads) * head_dim], queries scaled
-  float* out;            // [rows, heads * head_dim]
+  const A* qkv;          // [rows, (heads + 2 kv_heads) * head_dim]
+  A* out;                // [rows, heads * head_dim]
   const int64_t* depth;  // [rows]: rows of the span that a row sees besides itself
   const int64_t* const* path;  // rows of the span on a tree row's path, itself included
+
+  static constexpr bool SCALES_LATER = sizeof(A) == sizeof(Half);
+  static constexpr bool PAIRS = SCALES_LATER || sizeof(Kept) == sizeof(Half);  // of a key's numbers
 
   int64_t width() const { return (model.heads + 2 * model.kv_heads) * model.head_dim; }
 
@@ -88,16 +106,16 @@ struct Attention {
   }
 
   template <int B>
-  void score_blocks(const float* const* query, int64_t queries, const float* keys, float* scores,
+  void score_blocks(const A* const* query, int64_t queries, const float* keys, float* scores,
                     int64_t stride) const {
     for (int64_t q = 0; q < queries;) {
       float* to[6];
       for (int i = 0; i < 6; i++) to[i] = scores + (q + i) * stride;
       const int64_t left = queries - q, dim = model.head_dim;
-      if (left >= 6) score<Kept, 6, B>(query + q, keys, dim, to), q += 6;
-      else if (left >= 3) score<Kept, 3, B>(query + q, keys, dim, to), q += 3;
-      else if (left >= 2) score<Kept, 2, B>(query + q, keys, dim, to), q += 2;
-      else score<Kept, 1, B>(query + q, keys, dim, to), q += 1;
+      if (left >= 6) score<PAIRS, 6, B>(query + q, keys, dim, to), q += 6;
+      else if (left >= 3) score<PAIRS, 3, B>(query + q, keys, dim, to), q += 3;
+      else if (left >= 2) score<PAIRS, 2, B>(query + q, keys, dim, to), q += 2;
+      else score<PAIRS, 1, B>(query + q, keys, dim, to), q += 1;
     }
   }
 
@@ -111,6 +129,7 @@ struct Attention {
       Ints column = lane + (int32_t)c;
       Ints seen = (column >= (int32_t)low) & (column < (int32_t)high);
       Floats s = load(scores + c - first);
+      if (SCALES_LATER) s *= layer.scale;
       if (layer.softcap != 0.0f)
         s = layer.softcap * hyperbolic_tangent(s / layer.softcap);
       s = choose(seen, s, all(-infinity));
@@ -146,7 +165,7 @@ struct Attention {
     float* keys = work;
     float* sums = keys + KEY_BLOCKS * dim * LANES;
     float* scores = sums + MOST_QUERIES * dim;
-    const float* query[MOST_QUERIES];
+    const A* query[MOST_QUERIES];
     for (int64_t q = 0; q < queries; q++)
       query[q] = qkv + (own + q / group) * width() + (head * group + q % group) * dim;
 
@@ -156,7 +175,11 @@ struct Attention {
         const Piece& p = piece_of(span, c);
         const Kept* block = key(p, head, c);
         fetch_block(block + LANES * dim, value(p, head, c), dim);
-        transpose(block, dim, keys + b * dim * LANES / (sizeof(float) / sizeof(Kept)));
+        float* to = keys + b * dim * LANES / (PAIRS ? 2 : 1);
+        if constexpr (PAIRS)
+          transpose_pairs(block, dim, to);
+        else
+          transpose(block, dim, to);
       }
       if (c - start == KEY_BLOCKS * LANES)
         score_blocks<KEY_BLOCKS>(query, queries, keys, scores + start - first, stride);
@@ -182,16 +205,18 @@ struct Attention {
       add_shared(scores + c - first, stride, queries, value(p, head, c), stop - c, sums);
       c = stop;
     }
+    for (int64_t q = 0; q < queries && span.shape == TREE; q += group) {
+      const int64_t r = own + q / group;
+      for (int64_t i = 0; i <= depth[r]; i++) {
+        const int64_t column = span.length + path[r][i];
+        add_shared(scores + q * stride + span.length + i - first, stride, group,
+                   value(piece_of(span, column), head, column), 1, sums + q * dim);
+      }
+    }
     for (int64_t q = 0; q < queries; q++) {
       float* sum = sums + q * dim;
       const int64_t r = own + q / group;
-      if (span.shape == TREE)
-        for (int64_t i = 0; i <= depth[r]; i++) {
-          const float* weight = scores + q * stride + span.length + i - first;
-          const int64_t column = span.length + path[r][i];
-          add_values<1>(&weight, value(piece_of(span, column), head, column), dim, 1, &sum);
-        }
-      float* to = out + r * model.heads * dim + (head * group + q % group) * dim;
+      A* to = out + r * model.heads * dim + (head * group + q % group) * dim;
       in_order<Kept>(sum, dim);
       for (int64_t d = 0; d < dim; d += LANES)
         store(to + d, rounded(load(sum + d) / total_weight[q], model.is_rounded));
@@ -214,11 +239,11 @@ struct Attention {
   }
 
   // Norm, rotate and scale one head's query, or norm, rotate and keep one head's key, or its value.
-  void prepare(const Span& span, int64_t row, int64_t item, float* heads) const {
+  void prepare(const Span& span, int64_t row, int64_t item, A* heads) const {
     prepare_one(span, row, item, heads + item * model.head_dim);
   }
 
-  void prepare_one(const Span& span, int64_t row, int64_t item, float* x) const {
+  void prepare_one(const Span& span, int64_t row, int64_t item, A* x) const {
     const int64_t dim = model.head_dim;
     const bool is_query = item < model.heads;
     const bool is_key = !is_query && item < model.heads + model.kv_heads;
@@ -228,12 +253,13 @@ struct Attention {
       rotate(model, x, step.rope[layer.rope] + step.positions[row] * dim);
     }
     if (is_query) {
-      for (int64_t d = 0; d < dim; d += LANES) store(x + d, load(x + d) * layer.scale);
+      for (int64_t d = 0; d < dim && !SCALES_LATER; d += LANES)
+        store(x + d, load(x + d) * layer.scale);
       return;
     }
     const int64_t column = span.length + row - span.row;
     const Piece& p = piece_of(span, column);
     const int64_t head = item - model.heads - (is_key ? 0 : model.kv_heads);
-    keep(x, dim, is_key ? key(p, head, column) : value(p, head, column));
+    convert(x, dim, is_key ? key(p, head, column) : value(p, head, column));
   }
 };

@@ -46,14 +46,15 @@ struct ContextForward {
 
   void run(Worker me) const {
     const int64_t width = 2 * m.kv_heads * m.head_dim;
-    Product{context.combine, context.features, s.rows, context.c, m.hidden, m, false}.run(me);
+    Product<float, float>{context.combine, context.features, s.rows, context.c, m.hidden, m, false}
+        .run(me);
     meeting.wait(me.count);
     for (int64_t r = me.index; r < s.rows; r += me.count)
       normalize(m, context.c + r * m.hidden, context.norm, m.hidden, context.c + r * m.hidden);
     meeting.wait(me.count);
     for (int64_t l = 0; l < m.layers; l++)
-      Product{context.keys_values[l], context.c, s.rows, context.made + l * s.rows * width, width,
-              m, false}
+      Product<float, float>{
+          context.keys_values[l], context.c, s.rows, context.made + l * s.rows * width, width, m, false}
           .run(me);
     meeting.wait(me.count);
     for (int64_t i = me.index; i < s.spans; i += me.count)
@@ -70,7 +71,7 @@ struct ContextForward {
 
   template <typename Kept>
   void keep(int64_t l, const Span& span) const {
-    const Attention<Kept> a{m, s, m.layer[l], l, nullptr, nullptr, nullptr, nullptr};
+    const Attention<Kept, float> a{m, s, m.layer[l], l, nullptr, nullptr, nullptr, nullptr};
     const int64_t count = 2 * m.kv_heads;
     for (int64_t r = span.row; r < span.row + span.rows; r++)
       for (int64_t i = 0; i < count; i++)
@@ -87,7 +88,7 @@ struct BranchStep {
 
   void run(Worker me) const {
     if (b.bias.outputs) {
-      Product{b.bias, b.latent, b.rows, b.logits, b.columns, rounding, false}.run(me);
+      Product<float, float>{b.bias, b.latent, b.rows, b.logits, b.columns, rounding, false}.run(me);
       meeting.wait(me.count);
     }
     for (int64_t r = me.index; r < b.rows; r += me.count) row(r);

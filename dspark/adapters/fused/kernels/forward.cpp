@@ -77,11 +77,14 @@ static int64_t scratch_floats(const Model& m, int64_t columns) {
                 MOST_QUERIES * (m.head_dim + columns + 2 * LANES));
 }
 
+// A is what activations are between the stages: float, or Half where products take pairs.
+template <typename A>
 struct Forward {
   const Model& m;
   const Step& s;
   const Plan plan;
-  float *normed, *qkv, *mixed, *inner, *y, *chosen, *scratch;
+  A *normed, *qkv, *mixed, *inner, *y, *chosen;
+  float* scratch;
   mutable Meeting meeting;
   mutable std::vector<std::atomic<int64_t>> taken;  // per layer: items of attention
   mutable std::vector<Best> best;                   // of each thread, one for each output
@@ -92,7 +95,7 @@ struct Forward {
     const int64_t heads = m.heads * m.head_dim, all_heads = heads + 2 * m.kv_heads * m.head_dim;
     float* next = s.work;
     auto take = [&](int64_t n) {
-      float* p = next;
+      A* p = (A*)next;
       next += padded(n);
       return p;
     };
@@ -106,25 +109,29 @@ struct Forward {
   }
 
   // x += y (behind a norm, if there is one); then the next norm of x.
-  void residual(const float* after, const float* before, float* keep, float* out, Worker me,
+  template <typename Out>
+  void residual(const float* after, const float* before, float* keep, Out* out, Worker me,
                 bool has_y) const {
     for (int64_t r = me.index; r < s.rows; r += me.count) {
-      float *x = s.x + r * m.hidden, *add = y + r * m.hidden;
-      if (has_y) {
-        if (after) normalize(m, add, after, m.hidden, add);
-        for (int64_t i = 0; i < m.hidden; i += LANES)
-          store(x + i, rounded(load(x + i) + load(add + i), m.is_rounded));
+      float* x = s.x + r * m.hidden;
+      A* add = y + r * m.hidden;
+      if (has_y && after) normalize(m, add, after, m.hidden, add);
+      Floats squares = Floats{};
+      for (int64_t i = 0; i < m.hidden; i += LANES) {
+        Floats v = load(x + i);
+        if (has_y) store(x + i, v = rounded(v + load(add + i), m.is_rounded));
+        squares += v * v;
       }
       if (keep) memcpy(keep + r * m.hidden, x, m.hidden * sizeof(float));
-      normalize(m, x, before, m.hidden, out + r * m.hidden);
+      normalize_by(m, squares, x, before, m.hidden, out + r * m.hidden);
     }
   }
 
   void meet(Worker me) const { meeting.wait(me.count); }
 
-  void product(const Matrix& w, const float* x, int64_t rows, float* out, int64_t stride,
-               Worker me, bool gates = false, Best* own_best = nullptr) const {
-    Product{w, x, rows, out, stride, m, gates, own_best}.run(me);
+  void product(const Matrix& w, const A* x, int64_t rows, A* out, int64_t stride, Worker me,
+               bool gates = false) const {
+    Product<A, A>{w, x, rows, out, stride, m, gates}.run(me);
   }
 
   void attend(const Layer& layer, int64_t index, Worker me) const {
@@ -137,7 +144,7 @@ struct Forward {
   template <typename Kept>
   void attend(const Layer& layer, int64_t index, Worker me) const {
     const int64_t dim = m.head_dim, per_row = m.heads + 2 * m.kv_heads;
-    Attention<Kept> a{m, s, layer, index, qkv, mixed, plan.depth.data(), plan.path.data()};
+    Attention<Kept, A> a{m, s, layer, index, qkv, mixed, plan.depth.data(), plan.path.data()};
     const int64_t parts = s.rows * per_row;
     for (int64_t i = me.first(parts); i < me.last(parts); i++) {
       const int64_t row = i / per_row;
@@ -176,15 +183,15 @@ struct Forward {
     if (!s.outputs) return;  // a draft may have a head that is not ours, or none here at all
     meet(me);
     for (int64_t i = me.index; i < s.outputs; i += me.count)
-      memcpy(chosen + i * m.hidden, s.normed + s.output_rows[i] * m.hidden,
-             m.hidden * sizeof(float));
+      convert(s.normed + s.output_rows[i] * m.hidden, m.hidden, chosen + i * m.hidden);
     meet(me);
     unembed(chosen, s.outputs, s.logits, me);
   }
 
-  void unembed(const float* x, int64_t rows, float* logits, Worker me) const {
+  template <typename In>
+  void unembed(const In* x, int64_t rows, float* logits, Worker me) const {
     Best* own_best = best.empty() ? nullptr : best.data() + me.index * rows;
-    product(m.head, x, rows, logits, m.head.outputs, me, false, own_best);
+    Product<In, float>{m.head, x, rows, logits, m.head.outputs, m, false, own_best}.run(me);
     if (own_best) {
       meet(me);
       for (int64_t r = me.index; r < rows; r += me.count)
@@ -224,6 +231,15 @@ static void in_threads(int64_t most, const Body& body) {
 #endif
 }
 
+template <typename A>
+static void run_forward(const Model& model, const Step& step) {
+  const Forward<A> forward(model, step);
+  in_threads(step.threads, [&](Worker me) {
+    forward.run(me);
+    forward.meet(me);  // before OpenMP's own barrier, at which nobody waits then
+  });
+}
+
 extern "C" {
 
 // Facts that the packing must know: lanes, mes that exist (1 without OpenMP).
@@ -247,15 +263,14 @@ int64_t dspark_work_floats(const Model* m, int64_t rows, int64_t outputs, int64_
 }
 
 void dspark_forward(const Model* model, const Step* step) {
-  const Forward forward(*model, *step);
-  in_threads(step->threads, [&](Worker me) {
-    forward.run(me);
-    forward.meet(me);  // before OpenMP's own barrier, at which nobody waits then
-  });
+  if (HAS_PAIRS && model->is_rounded)
+    run_forward<Half>(*model, *step);
+  else
+    run_forward<float>(*model, *step);
 }
 
 void dspark_unembed(const Model* model, const Step* step) {  // normed [outputs, hidden] -> logits
-  const Forward forward(*model, *step);
+  const Forward<float> forward(*model, *step);
   in_threads(step->threads, [&](Worker me) {
     forward.unembed(step->normed, step->outputs, step->logits, me);
   });
@@ -288,7 +303,7 @@ void dspark_linear(const Matrix* matrix, const float* x, int64_t rows, float* ou
                    int64_t is_rounded, int64_t threads) {
   Model model{};
   model.is_rounded = is_rounded;
-  const Product product{*matrix, x, rows, out, matrix->outputs, model, false};
+  const Product<float, float> product{*matrix, x, rows, out, matrix->outputs, model, false};
   in_threads(threads, [&](Worker me) { product.run(me); });
 }
 }

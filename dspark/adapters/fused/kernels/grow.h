@@ -73,7 +73,8 @@ struct GrowStep {
       if (!b.rows) return;
       const BranchStep step{b, rounding, {}};
       if (b.bias.outputs) {
-        Product{b.bias, b.latent, b.rows, b.logits, b.columns, rounding, false}.run(me);
+        Product<float, float>{b.bias, b.latent, b.rows, b.logits, b.columns, rounding, false}
+            .run(me);
         meeting.wait(me.count);
       }
       for (int64_t r = me.index; r < b.rows; r += me.count) step.row(r);

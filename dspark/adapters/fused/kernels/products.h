@@ -6,12 +6,9 @@
 #include <utility>
 #include <vector>
 
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
-
 #include "best.h"
 #include "fetch.h"
+#include "pairs.h"
 #include "quantised.h"
 #include "step.h"
 #include "threads.h"
@@ -68,23 +65,8 @@ static void tile_full(const float* x, int64_t stride, const void* data, int64_t 
 
 typedef void (*Tile)(const float*, int64_t, const void*, int64_t, Fetch, Floats (*)[2]);
 
-// DSPARK_PAIRS computes what AVX512-BF16 does with other instructions, for tests.
-#if defined(__AVX512BF16__) || defined(DSPARK_PAIRS)
-#define HAS_PAIRS true
-
-// sum + the products of two neighbouring inputs, both bfloat16.
-INLINE Floats add_pair(Floats sum, Ints weights, int32_t inputs) {
-#ifdef __AVX512BF16__
-  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weights,
-                                  (__m512bh)_mm512_set1_epi32(inputs));
-#else
-  Ints all_inputs = inputs - Ints{}, high = all_inputs & (int32_t)0xffff0000;
-  sum += (Floats)(weights & (int32_t)0xffff0000) * (Floats)high;
-  return sum + (Floats)(weights << 16) * (Floats)(all_inputs << 16);
-#endif
-}
-
-// As tile_half; x holds pairs of bfloat16, and so does its stride.
+#if HAS_PAIRS
+// As tile_half; x points to pairs of bfloat16, which its stride counts.
 template <int R, Reach reach>
 static void tile_pairs(const float* x, int64_t stride, const void* data, int64_t inputs,
                        Fetch fetch, Floats (*out)[2]) {
@@ -107,7 +89,6 @@ static void tile_pairs(const float* x, int64_t stride, const void* data, int64_t
   for (int r = 0; r < R; r++) out[r][0] = sum[r][0], out[r][1] = sum[r][1];
 }
 #else
-#define HAS_PAIRS false
 #define tile_pairs tile_half
 #endif
 
@@ -127,37 +108,14 @@ static Tile pick_tile(bool is_half, bool has_pairs, int rows, Reach reach) {
   return pick_tile<NONE>(is_half, has_pairs, rows, all_rows);
 }
 
-template <int... I>
-INLINE Floats upper_halves(Floats a, Floats b, std::integer_sequence<int, I...>) {
-  typedef uint16_t Halves __attribute__((vector_size(4 * LANES)));
-  return (Floats)__builtin_shufflevector((Halves)a, (Halves)b, (2 * I + 1)...);
-}
-
-// The upper halves of the floats of a, then of b.
-INLINE Floats upper_halves(Floats a, Floats b) {
-  return upper_halves(a, b, std::make_integer_sequence<int, 2 * LANES>());
-}
-
-// Rows of floats that are bfloat16 numbers -> rows of pairs, half as many floats wide.
-static void pack_pairs(const float* x, int64_t count, float* out) {
-  int64_t i = 0;
-  for (; i + 2 * LANES <= count; i += 2 * LANES)
-    store(out + i / 2, upper_halves(load(x + i), load(x + i + LANES)));
-  for (; i < count; i += 2) {
-    uint32_t low, high;
-    memcpy(&low, x + i, sizeof low);
-    memcpy(&high, x + i + 1, sizeof high);
-    low = (low >> 16) | (high & 0xffff0000u);
-    memcpy(out + i / 2, &low, sizeof low);
-  }
-}
-
-// One thread's panels of out = x @ W. With `gates` an output is activation(gate) * up.
+// One thread's panels of out = x @ W. With `gates` an output is activation(gate) * up. Inputs and
+// outputs are floats, or Half in a model that rounds to bfloat16.
+template <typename In, typename Out>
 struct Product {
   const Matrix& matrix;
-  const float* x;
+  const In* x;
   int64_t rows;
-  float* out;
+  Out* out;
   int64_t out_stride;
   const Model& model;
   bool gates;
@@ -174,7 +132,7 @@ struct Product {
       b += load(matrix.bias + panel * PANEL + LANES);
     }
     a = rounded(a, model.is_rounded), b = rounded(b, model.is_rounded);
-    float* to = out + row * out_stride;
+    Out* to = out + row * out_stride;
     if (gates) {
       Floats gate = rounded(activate(a, model.activation), model.is_rounded);
       store(to + panel * LANES, rounded(gate * b, model.is_rounded));
@@ -186,9 +144,9 @@ struct Product {
       store(to + panel * PANEL, a);
       store(to + panel * PANEL + LANES, b);
     } else {
-      float part[PANEL];
+      Out part[PANEL];
       store(part, a), store(part + LANES, b);
-      memcpy(to + panel * PANEL, part, left * sizeof(float));
+      memcpy(to + panel * PANEL, part, left * sizeof(Out));
     }
   }
 
@@ -218,6 +176,19 @@ struct Product {
     }
   }
 
+  // Inputs in the type that a tile reads.
+  template <typename Type>
+  static const Type* as(const In* given, int64_t count) {
+    if constexpr (sizeof(Type) == sizeof(In)) {
+      return given;
+    } else {
+      static thread_local std::vector<Type> made;
+      made.resize(count);
+      convert(given, count, made.data());
+      return made.data();
+    }
+  }
+
   void run_floats(Worker me) const {
     int64_t first = me.first(matrix.panels), last = me.last(matrix.panels);
     int64_t block = std::max<int64_t>(1, 98304 / (matrix.inputs * MOST_ROWS)) * MOST_ROWS;
@@ -225,16 +196,13 @@ struct Product {
     const bool is_half = matrix.kind == BFLOAT16;
     const bool has_pairs = HAS_PAIRS && is_half && model.is_rounded;
     const int64_t stride = has_pairs ? matrix.inputs / 2 : matrix.inputs;
-    static thread_local std::vector<float> pairs;
     for (int64_t start = 0; start < rows; start += block) {
       int64_t count = std::min(block, rows - start);
       int64_t tiles = (count + MOST_ROWS - 1) / MOST_ROWS;
-      const float* input = x + start * matrix.inputs;
-      if (has_pairs) {
-        pairs.resize(count * stride);
-        pack_pairs(input, count * matrix.inputs, pairs.data());
-        input = pairs.data();
-      }
+      const In* given = x + start * matrix.inputs;
+      const int64_t numbers = count * matrix.inputs;
+      const float* input =
+          has_pairs ? (const float*)as<Half>(given, numbers) : as<float>(given, numbers);
       for (int64_t panel = first; panel < last; panel++) {
         const char* data = (const char*)matrix.data + panel * bytes;
         for (int64_t t = 0; t < tiles; t++) {  // of like size: 16 rows are 8 and 8

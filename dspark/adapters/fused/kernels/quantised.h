@@ -77,13 +77,15 @@ struct Rounded {
   std::vector<float> scale;    // [rows, blocks]
   std::vector<int32_t> total;  // [rows, blocks]: of the bytes
 
-  void fill(const float* x, int64_t rows, int64_t count) {
+  template <typename In>
+  void fill(const In* x, int64_t rows, int64_t count) {
     inputs = count, blocks = count / BLOCK;
     bytes.resize(rows * inputs), scale.resize(rows * blocks), total.resize(rows * blocks);
     for (int64_t b = 0; b < rows * blocks; b++) round_block(x + b * BLOCK, b);
   }
 
-  void round_block(const float* x, int64_t block) {
+  template <typename In>
+  void round_block(const In* x, int64_t block) {
     Floats largest = Floats{}, nothing = Floats{};
     for (int i = 0; i < BLOCK; i += LANES) {
       Floats v = load(x + i);

@@ -32,6 +32,45 @@ INLINE Floats load(const float* p) {
 
 INLINE void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
 
+typedef uint16_t Half;  // a bfloat16 number: the upper half of a float
+typedef Half Halves __attribute__((vector_size(2 * LANES)));
+
+INLINE Floats load(const Half* p) {
+  Halves v;
+  memcpy(&v, p, sizeof v);
+  return (Floats)(__builtin_convertvector(v, Ints) << 16);
+}
+
+INLINE void store(Half* p, Floats v) {  // v is rounded to bfloat16
+  Halves halves = __builtin_convertvector((Ints)v >> 16, Halves);
+  memcpy(p, &halves, sizeof halves);
+}
+
+INLINE float widened(float v) { return v; }
+
+INLINE float widened(Half v) {
+  const uint32_t bits = (uint32_t)v << 16;
+  float out;
+  memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
+INLINE void narrow(float v, float* to) { *to = v; }
+
+INLINE void narrow(float v, Half* to) {  // v is rounded to bfloat16
+  uint32_t bits;
+  memcpy(&bits, &v, sizeof bits);
+  *to = (Half)(bits >> 16);
+}
+
+// Numbers from one type to another that has them as well.
+template <typename In, typename Out>
+static void convert(const In* x, int64_t count, Out* out) {
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) store(out + i, load(x + i));
+  for (; i < count; i++) narrow(widened(x[i]), out + i);
+}
+
 INLINE Floats all(float a) { return a - Floats{}; }
 
 INLINE Floats choose(Ints mask, Floats a, Floats b) {
