@@ -72,7 +72,7 @@ static void rotate(const Model& m, A* x, const float* table) {
 }
 
 // Kept is what a key or value is kept as, A what the activations are: float, or Half in a model that
-// rounds to bfloat16. Queries in Half are not scaled, their scores are.
+// rounds to bfloat16.
 template <typename Kept, typename A>
 struct Attention {
   const Model& model;
@@ -83,9 +83,6 @@ struct Attention {
   A* out;                // [rows, heads * head_dim]
   const int64_t* depth;  // [rows]: rows of the span that a row sees besides itself
   const int64_t* const* path;  // rows of the span on a tree row's path, itself included
-
-  static constexpr bool SCALES_LATER = sizeof(A) == sizeof(Half);
-  static constexpr bool PAIRS = SCALES_LATER || sizeof(Kept) == sizeof(Half);  // of a key's numbers
 
   int64_t width() const { return (model.heads + 2 * model.kv_heads) * model.head_dim; }
 
@@ -106,16 +103,16 @@ struct Attention {
   }
 
   template <int B>
-  void score_blocks(const A* const* query, int64_t queries, const float* keys, float* scores,
+  void score_blocks(const float* const* query, int64_t queries, const float* keys, float* scores,
                     int64_t stride) const {
     for (int64_t q = 0; q < queries;) {
       float* to[6];
       for (int i = 0; i < 6; i++) to[i] = scores + (q + i) * stride;
       const int64_t left = queries - q, dim = model.head_dim;
-      if (left >= 6) score<PAIRS, 6, B>(query + q, keys, dim, to), q += 6;
-      else if (left >= 3) score<PAIRS, 3, B>(query + q, keys, dim, to), q += 3;
-      else if (left >= 2) score<PAIRS, 2, B>(query + q, keys, dim, to), q += 2;
-      else score<PAIRS, 1, B>(query + q, keys, dim, to), q += 1;
+      if (left >= 6) score<Kept, 6, B>(query + q, keys, dim, to), q += 6;
+      else if (left >= 3) score<Kept, 3, B>(query + q, keys, dim, to), q += 3;
+      else if (left >= 2) score<Kept, 2, B>(query + q, keys, dim, to), q += 2;
+      else score<Kept, 1, B>(query + q, keys, dim, to), q += 1;
     }
   }
 
@@ -129,7 +126,6 @@ struct Attention {
       Ints column = lane + (int32_t)c;
       Ints seen = (column >= (int32_t)low) & (column < (int32_t)high);
       Floats s = load(scores + c - first);
-      if (SCALES_LATER) s *= layer.scale;
       if (layer.softcap != 0.0f)
         s = layer.softcap * hyperbolic_tangent(s / layer.softcap);
       s = choose(seen, s, all(-infinity));
@@ -164,10 +160,14 @@ struct Attention {
     const int64_t stride = (end - first + LANES - 1) / LANES * LANES;
     float* keys = work;
     float* sums = keys + KEY_BLOCKS * dim * LANES;
-    float* scores = sums + MOST_QUERIES * dim;
-    const A* query[MOST_QUERIES];
-    for (int64_t q = 0; q < queries; q++)
-      query[q] = qkv + (own + q / group) * width() + (head * group + q % group) * dim;
+    float* scaled = sums + MOST_QUERIES * dim;
+    float* scores = scaled + MOST_QUERIES * dim;
+    const float* query[MOST_QUERIES];
+    for (int64_t q = 0; q < queries; q++, scaled += dim) {
+      const A* x = qkv + (own + q / group) * width() + (head * group + q % group) * dim;
+      for (int64_t d = 0; d < dim; d += LANES) store(scaled + d, load(x + d) * layer.scale);
+      query[q] = scaled;
+    }
 
     for (int64_t c = first; c < end;) {
       const int64_t start = c;
@@ -175,11 +175,7 @@ struct Attention {
         const Piece& p = piece_of(span, c);
         const Kept* block = key(p, head, c);
         fetch_block(block + LANES * dim, value(p, head, c), dim);
-        float* to = keys + b * dim * LANES / (PAIRS ? 2 : 1);
-        if constexpr (PAIRS)
-          transpose_pairs(block, dim, to);
-        else
-          transpose(block, dim, to);
+        transpose(block, dim, keys + b * dim * LANES / (sizeof(float) / sizeof(Kept)));
       }
       if (c - start == KEY_BLOCKS * LANES)
         score_blocks<KEY_BLOCKS>(query, queries, keys, scores + start - first, stride);
@@ -238,7 +234,7 @@ struct Attention {
     }
   }
 
-  // Norm, rotate and scale one head's query, or norm, rotate and keep one head's key, or its value.
+  // Norm and rotate one head's query, or norm, rotate and keep one head's key, or its value.
   void prepare(const Span& span, int64_t row, int64_t item, A* heads) const {
     prepare_one(span, row, item, heads + item * model.head_dim);
   }
@@ -252,11 +248,7 @@ struct Attention {
       if (weight) normalize(model, x, weight, dim, x);
       rotate(model, x, step.rope[layer.rope] + step.positions[row] * dim);
     }
-    if (is_query) {
-      for (int64_t d = 0; d < dim && !SCALES_LATER; d += LANES)
-        store(x + d, load(x + d) * layer.scale);
-      return;
-    }
+    if (is_query) return;
     const int64_t column = span.length + row - span.row;
     const Piece& p = piece_of(span, column);
     const int64_t head = item - model.heads - (is_key ? 0 : model.kv_heads);

@@ -74,7 +74,7 @@ static int64_t padded(int64_t n) { return (n + 63) / 64 * 64; }
 
 static int64_t scratch_floats(const Model& m, int64_t columns) {
   return padded(KEY_BLOCKS * m.head_dim * LANES +
-                MOST_QUERIES * (m.head_dim + columns + 2 * LANES));
+                MOST_QUERIES * (2 * m.head_dim + columns + 2 * LANES));
 }
 
 // A is what activations are between the stages: float, or Half where products take pairs.

@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <utility>
 
-#include "pairs.h"
 #include "vectors.h"
 
 #define HIGH_HALF ((int32_t)0xffff0000)
@@ -29,23 +28,6 @@ INLINE void transpose_steps(Floats* rows) {
   }
 }
 
-// 2 * LANES bfloat16 numbers.
-INLINE Floats load_pairs(const Half* p) {
-  Floats v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
-
-INLINE Floats load_pairs(const float* p) { return upper_halves(load(p), load(p + LANES)); }
-
-INLINE Floats load_some_pairs(const Half* p) {  // LANES of them
-  Floats v = Floats{};
-  memcpy(&v, p, sizeof v / 2);
-  return v;
-}
-
-INLINE Floats load_some_pairs(const float* p) { return upper_halves(load(p), Floats{}); }
-
 // LANES keys [LANES, dim] -> [dim, LANES].
 static void transpose(const float* keys, int64_t dim, float* out) {
   for (int64_t d = 0; d < dim; d += LANES) {
@@ -58,30 +40,31 @@ static void transpose(const float* keys, int64_t dim, float* out) {
   }
 }
 
-// LANES keys [LANES, dim] -> [dim / 2, LANES] pairs of neighbouring bfloat16 numbers.
-template <typename Kept>
-static void transpose_pairs(const Kept* keys, int64_t dim, float* out) {
+// LANES keys [LANES, dim] -> [dim / 2, LANES] pairs of neighbouring numbers.
+static void transpose(const Half* keys, int64_t dim, float* out) {
   int64_t d = 0;
   Floats rows[LANES];
   for (; d + 2 * LANES <= dim; d += 2 * LANES) {
 #pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) rows[i] = load_pairs(keys + i * dim + d);
+    for (int i = 0; i < LANES; i++) memcpy(&rows[i], keys + i * dim + d, sizeof(Floats));
     transpose_steps<LANES / 2>(rows);
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; i++) store(out + (d / 2 + i) * LANES, rows[i]);
   }
   if (d == dim) return;  // else LANES of them are left
 #pragma GCC unroll 16
-  for (int i = 0; i < LANES; i++) rows[i] = load_some_pairs(keys + i * dim + d);
+  for (int i = 0; i < LANES; i++) {
+    rows[i] = Floats{};
+    memcpy(&rows[i], keys + i * dim + d, sizeof(Floats) / 2);
+  }
   transpose_steps<LANES / 2>(rows);
 #pragma GCC unroll 8
   for (int i = 0; i < LANES / 2; i++) store(out + (d / 2 + i) * LANES, rows[i]);
 }
 
-// out[q][b] = the products of query q with block b of B, each LANES keys as `transpose` or, with
-// `pairs`, `transpose_pairs` leaves them. Several blocks at once keep more sums going than a product
-// takes cycles.
-template <bool pairs, int Q, int B>
+// out[q][b] = the products of query q with block b of B, each LANES keys as `transpose` leaves them.
+// Several blocks at once keep more sums going than a product takes cycles.
+template <typename Kept, int Q, int B>
 static void score(const float* const* query, const float* keys, int64_t dim, float* const* out) {
   Floats sum[Q][B];
 #pragma GCC unroll 8
@@ -96,7 +79,7 @@ static void score(const float* const* query, const float* keys, int64_t dim, flo
       for (int b = 0; b < B; b++) sum[q][b] += key[b] * x;
     }
   };
-  constexpr int step = pairs ? 2 : 1;
+  constexpr int step = sizeof(float) / sizeof(Kept);
   for (int64_t d = 0; d < dim; d += step) {
     Floats key[B];
 #pragma GCC unroll 2
@@ -111,32 +94,6 @@ static void score(const float* const* query, const float* keys, int64_t dim, flo
 #pragma GCC unroll 2
       for (int b = 0; b < B; b++) part[b] = (Floats)((Ints)key[b] & HIGH_HALF);
       add(part, d + 1);
-    }
-  }
-#pragma GCC unroll 8
-  for (int q = 0; q < Q; q++)
-#pragma GCC unroll 2
-    for (int b = 0; b < B; b++) store(out[q] + b * LANES, sum[q][b]);
-}
-
-// As that with pairs; a query's neighbouring numbers are multiplied as pairs, too.
-template <bool, int Q, int B>
-static void score(const Half* const* query, const float* keys, int64_t dim, float* const* out) {
-  Floats sum[Q][B];
-#pragma GCC unroll 8
-  for (int q = 0; q < Q; q++)
-#pragma GCC unroll 2
-    for (int b = 0; b < B; b++) sum[q][b] = Floats{};
-  for (int64_t d = 0; d < dim; d += 2) {
-    Ints key[B];
-#pragma GCC unroll 2
-    for (int b = 0; b < B; b++) key[b] = (Ints)load(keys + (b * dim + d) / 2 * LANES);
-#pragma GCC unroll 8
-    for (int q = 0; q < Q; q++) {
-      int32_t pair;
-      memcpy(&pair, query[q] + d, sizeof pair);
-#pragma GCC unroll 2
-      for (int b = 0; b < B; b++) sum[q][b] = add_pair(sum[q][b], key[b], pair);
     }
   }
 #pragma GCC unroll 8

@@ -9,8 +9,6 @@
 #include <immintrin.h>
 #endif
 
-#include <utility>
-
 #include "vectors.h"
 
 // DSPARK_PAIRS computes what AVX512-BF16 does with other instructions, for tests.
@@ -30,15 +28,4 @@ INLINE Floats add_pair(Floats sum, Ints weights, int32_t inputs) {
   sum += (Floats)(weights & (int32_t)0xffff0000) * (Floats)high;
   return sum + (Floats)(weights << 16) * (Floats)(all_inputs << 16);
 #endif
-}
-
-template <int... I>
-INLINE Floats upper_halves(Floats a, Floats b, std::integer_sequence<int, I...>) {
-  typedef Half Twice __attribute__((vector_size(4 * LANES)));
-  return (Floats)__builtin_shufflevector((Twice)a, (Twice)b, (2 * I + 1)...);
-}
-
-// The upper halves of the floats of a, then of b.
-INLINE Floats upper_halves(Floats a, Floats b) {
-  return upper_halves(a, b, std::make_integer_sequence<int, 2 * LANES>());
 }
