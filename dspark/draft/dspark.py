@@ -15,7 +15,7 @@ Letters: B requests, S slots of a block, N rows, D hidden size, V vocabulary, Vd
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,7 +60,6 @@ class _Job:
         "frontier",
         "growth",
         "history",
-        "is_sound",
         "needs_confidence",
         "ranked",
         "row",
@@ -77,7 +76,6 @@ class _Job:
         if isinstance(self.growth, RankedGrowth) and context.allowed is None:
             self.ranked = self.growth if sampling.only_scales(context.params) else None
         self.frontier: list[int] = []
-        self.is_sound = True
         self.row = 0  # among the round's blocks
         self.states: dict[int, Tensor] = {}  # parent -> state of the head after the parent's token
 
@@ -101,15 +99,16 @@ class _Blocks:
     Attributes:
         hidden: [B, S, D].
         base: float32 [B, depths, Vd], base logits of depth 1, 2, ...
-        start: [B, state size] of the sequential head before the anchor's first prediction.
+        start: [B, state size] of the sequential head before the anchor's first prediction; None
+            without such a head, and where the runner grows the trees.
     """
 
     __slots__ = ("base", "hidden", "start")
 
-    def __init__(self, hidden: Tensor, base: Tensor, start: Tensor | None) -> None:
+    def __init__(self, hidden: Tensor, base: Tensor) -> None:
         self.hidden = hidden
         self.base = base
-        self.start = start
+        self.start: Tensor | None = None
 
 
 class DSparkDrafter:
@@ -195,9 +194,11 @@ class DSparkDrafter:
                 jobs[place] = _Job(context, cache, limits)
         if jobs:
             blocks = self._run(list(jobs.values()))
-            live = [job for job in jobs.values() if job.is_sound]
-            if self._grow(live):
-                live = []
+            live = [] if self._grow(list(jobs.values())) else self._sound(jobs.values(), blocks)
+            if live:
+                anchors = [job.context.tokens[-1] for job in jobs.values()]
+                tokens = torch.tensor(anchors, device=self._device)
+                blocks.start = self._start(blocks.hidden, tokens)
             while live := [job for job in live if job.advance()]:
                 self._level(live, blocks)
         return [
@@ -236,13 +237,19 @@ class DSparkDrafter:
         anchors = [job.context.tokens[-1] for job in jobs]
         depth = min(self._module.config.gamma, max(job.context.depth for job in jobs))
         hidden, base = self.runner.run(anchors, [job.cache for job in jobs], depth)
-        for row, (job, top) in enumerate(zip(jobs, base.amax(dim=(1, 2)).tolist(), strict=True)):
+        for row, job in enumerate(jobs):
             job.row = row
-            job.is_sound = top - top == 0  # false for NaN and infinities
-            if not job.is_sound:
+        return _Blocks(hidden, base)
+
+    def _sound(self, jobs: Iterable[_Job], blocks: _Blocks) -> list[_Job]:
+        """Those whose base logits are finite. A runner that grows trees sees to it itself."""
+        sound = []
+        for job, top in zip(jobs, blocks.base.amax(dim=(1, 2)).tolist(), strict=True):
+            if top - top == 0:  # false for NaN and infinities
+                sound.append(job)
+            else:
                 self._warn("the draft's output is not finite", "nothing is drafted.")
-        tokens = torch.tensor(anchors, device=self._device)
-        return _Blocks(hidden, base, self._start(hidden, tokens))
+        return sound
 
     def _start(self, hidden: Tensor, anchors: Tensor) -> Tensor | None:
         """States [B, S] of the sequential head where the first prediction begins."""

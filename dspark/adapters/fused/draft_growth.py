@@ -56,7 +56,11 @@ class Growth:
         self._maps: dict[int, tuple[SurvivalMap, int, list[np.ndarray], structures.Rating]] = {}
 
     def grow(
-        self, asks: Sequence[Ask], base: Tensor, sure: Tensor | None, sure_of_token: Tensor | None
+        self,
+        asks: Sequence[Ask],
+        base: Tensor,
+        sure: np.ndarray | None,
+        sure_of_token: np.ndarray | None,
     ) -> list[TreeGrower] | None:
         """Trees of one level of nodes after another.
 
@@ -99,8 +103,8 @@ class Growth:
             is_half=int(heads.first is not None and heads.first.dtype == torch.bfloat16),
             base=base.data_ptr(),
             ids=structures.address(heads.ids),
-            sure=structures.address(sure),
-            sure_of_token=structures.address(sure_of_token),
+            sure=None if sure is None else sure.ctypes.data,
+            sure_of_token=None if sure_of_token is None else sure_of_token.ctypes.data,
             rows=rows,
             latent=work + 4 * rows * columns,
             logits=work,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -36,6 +37,10 @@ __all__ = ["FusedRunner", "check_fused"]
 _ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
 _LEAST_POSITIONS = 1024  # rows of the rotary table to begin with; it doubles
 _NO_HEAD = structures.Matrix()
+
+_Confidence: TypeAlias = tuple[np.ndarray, np.float32, np.ndarray | None]
+"""Of a confidence head, all float32: weights of the hidden state [D], bias, weights of the head's
+row of the token before [K]."""
 
 
 def check_fused(module: DSparkModule, lanes: int, quant: str) -> None:
@@ -131,6 +136,7 @@ class FusedRunner:
         self._rope = torch.empty(0, 2, self._head_dim // 2)
         self._base = self._hidden = torch.empty(0)
         self._growth: Growth | None = None
+        self._confidence: tuple[()] | _Confidence | None = None  # None before it was asked for
 
     def use_heads(self) -> None:
         """Take the module's heads as they are packed now; what is not packed is left to torch."""
@@ -214,7 +220,9 @@ class FusedRunner:
         """See `BlockRunner.take`."""
         counts = [int(rows.shape[0]) for _, _, rows in parts]
         total, shape = sum(counts), self._model
-        features = torch.cat([rows for _, _, rows in parts]).to(self._dtype).float().contiguous()
+        given = [rows for _, _, rows in parts]
+        features = given[0] if len(given) == 1 else torch.cat(given)
+        features = features.to(self._dtype).float().contiguous()
         positions = np.concatenate(
             [
                 np.arange(len(tokens) - count, len(tokens))
@@ -262,12 +270,12 @@ class FusedRunner:
         step.work = self._room(count * slots, wanted, columns, step.threads)
         self._library.forward(ctypes.addressof(self._model), ctypes.addressof(step))
         del keeps
-        rows = hidden.to(self._dtype).view(count, slots, -1)
-        if self._head is None:
-            base = module.base_logits(rows[:, self._first : self._first + depth].flatten(0, 1))
-        self._base = base.view(count, depth, -1).contiguous()
+        rows = hidden.view(count, slots, -1)
         self._hidden = rows[:, self._first : self._first + depth]
-        return rows, self._base
+        if self._head is None:
+            base = module.base_logits(self._hidden.flatten(0, 1).to(self._dtype))
+        self._base = base.view(count, depth, -1).contiguous()
+        return rows.to(self._dtype), self._base
 
     def find(self, wanted: Sequence[Wanted], latent: Tensor | None) -> Found | None:
         """See `BlockRunner.find`."""
@@ -313,15 +321,12 @@ class FusedRunner:
             return None
         sure, of_token = None, None
         if any(ask.rating is not None and ask.rating.reads_confidence for ask in asks):
-            head = self._module.confidence_head
-            if head is not None:
-                width = self._hidden.shape[-1]
-                weight = head.proj.weight[0].float()
-                sure = self._hidden.float() @ weight[:width]
-                sure = (
-                    sure if head.proj.bias is None else sure + head.proj.bias.float()
-                ).contiguous()
-                of_token = weight[width:].contiguous() if head.rank else None
+            if self._confidence is None:
+                self._confidence = _confidence_of(self._module)
+            if self._confidence:
+                weight, bias, of_token = self._confidence
+                # numpy, as in the decoder: operations of torch are slow to begin after a forward.
+                sure = np.ascontiguousarray(self._hidden.numpy() @ weight + bias)
         return self._growth.grow(asks, self._base, sure, of_token)
 
     # -- parts --------------------------------------------------------------------------------
@@ -386,6 +391,16 @@ def _panels_from(packed: PackedMatrix, first: int, lanes: int) -> PackedMatrix:
         packed.panels - first,
         packed.kind,
     )
+
+
+def _confidence_of(module: DSparkModule) -> tuple[()] | _Confidence:
+    head = module.confidence_head
+    if head is None:
+        return ()
+    bias = 0.0 if head.proj.bias is None else float(head.proj.bias)
+    weight = head.proj.weight.detach()[0].float().numpy()
+    size = len(weight) - head.rank
+    return weight[:size], np.float32(bias), weight[size:].copy() if head.rank else None
 
 
 def _norm(norm: nn.Module | None) -> Tensor | None:
