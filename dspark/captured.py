@@ -13,7 +13,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Captured", "Part", "rows_of", "side_by_side"]
+__all__ = ["Captured", "Part", "parts_of", "rows_of", "side_by_side"]
+
+_FEW_ROWS = 32  # of a forward that may be kept for the sake of one
+_MOST_TIMES = 4  # as many rows as are wanted may be kept
 
 Part: TypeAlias = tuple[Mapping[int, Tensor], Sequence[int]]
 """What a forward captured, and which of its rows are meant, in order."""
@@ -36,6 +39,10 @@ class Captured(Mapping[int, Tensor]):
         """Hidden states of a layer, [n, D]."""
         return _joined([_picked(hidden[layer], rows) for hidden, rows in self._parts])
 
+    def __contains__(self, layer: object) -> bool:
+        """Whether a layer was captured; gathers nothing."""
+        return bool(self._parts) and layer in self._parts[0][0]
+
     def __iter__(self) -> Iterator[int]:
         return iter(self._parts[0][0] if self._parts else ())
 
@@ -50,6 +57,34 @@ class Captured(Mapping[int, Tensor]):
                 for hidden, rows in self._parts
             ]
         )
+
+
+def parts_of(hidden: Mapping[int, Tensor], wanted: Sequence[Sequence[int]]) -> list[Part]:
+    """Share out what a forward captured.
+
+    A part keeps the whole forward in memory until it is read. So who wants little of a large one,
+    as beside somebody's prompt, gets a copy, one for all of them.
+
+    Args:
+        hidden: {layer: [n, D]} of the forward.
+        wanted: Rows of each, in order.
+
+    Returns:
+        One part for each.
+    """
+    size = next((int(rows.shape[0]) for rows in hidden.values()), 0)
+    parts: list[Part] = [(hidden, rows) for rows in wanted]
+    few = [i for i, rows in enumerate(wanted) if size > max(_FEW_ROWS, _MOST_TIMES * len(rows))]
+    picked = [row for i in few for row in wanted[i]]
+    if not picked:
+        return parts
+    own = {layer: rows[picked] for layer, rows in hidden.items()}
+    start = 0
+    for i in few:
+        stop = start + len(wanted[i])
+        parts[i] = own, range(start, stop)
+        start = stop
+    return parts
 
 
 def rows_of(features: Mapping[int, Tensor]) -> int:

@@ -400,9 +400,12 @@ def slot_of(request: ActiveRequest) -> int:
 
 
 def _node_seconds(rates: NDArray[np.float64]) -> float:
-    """Seconds that a node adds to a round of few, of its rates with 0, 1, ... nodes."""
+    """Seconds that a node adds to a round of few, of its rates with 0, 1, ... nodes.
+
+    Not below 0: where more rows were measured to take less time, that was noise.
+    """
     nodes = min(_FEW, len(rates) - 1)
-    return float(1 / rates[nodes] - 1 / rates[0]) / nodes if nodes else 0.0
+    return max(0.0, float(1 / rates[nodes] - 1 / rates[0]) / nodes) if nodes else 0.0
 
 
 def _draft_context(

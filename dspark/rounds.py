@@ -16,6 +16,7 @@ import torch
 
 from dspark.active import ActiveRequest, Phase
 from dspark.cache import Cache
+from dspark.captured import parts_of
 from dspark.draft.base import Drafter
 from dspark.errors import DsparkError
 from dspark.expert_reuse import ExpertCounter
@@ -206,21 +207,27 @@ class RoundRunner:
         jobs = [self._job(part, row) for part, row in zip(judged, starts, strict=False)]
         verdicts = zip(self._verify(output, jobs, judged), starts, strict=False)
         row = 0
+        captured: list[tuple[ActiveRequest, list[int]]] = []
         for part in parts:
             first_row, row = row, row + len(part.part.token_ids)
             request = part.request
             verdict, start = next(verdicts) if part.wants_verdict else (None, 0)
             if request.phase is Phase.DONE:  # its logits could not be used
                 continue
-            if verdict is None or part.is_prefill:
-                self._commit(part, range(len(part.part.token_ids)), output, first_row)
-            else:
+            kept: Sequence[int] = range(len(part.part.token_ids))
+            if verdict is not None and not part.is_prefill:
                 kept = [0, *(1 + node for node in verdict.path)]
-                self._commit(part, kept, output, first_row)
+            self._commit(part, kept)
+            if request.params.draft and kept:  # else nobody will ask for its hidden states
+                captured.append((request, [first_row + row for row in kept]))
             if part.ends_prefill:
                 request.phase = Phase.DECODE
             if verdict is not None:
                 self._append(part, verdict, output.logits, start)
+        if output.hidden:
+            shares = parts_of(output.hidden, [rows for _, rows in captured])
+            for (request, _), share in zip(captured, shares, strict=True):
+                request.features.append(share)
 
     def _job(self, part: _Part, start: int) -> VerifyJob:
         request = part.request
@@ -265,17 +272,10 @@ class RoundRunner:
         part.needs_scrub = True
         return verdict
 
-    def _commit(
-        self, part: _Part, kept: Sequence[int], output: TargetOutput, first_row: int
-    ) -> None:
+    def _commit(self, part: _Part, kept: Sequence[int]) -> None:
         self._cache.commit(slot_of(part.request), kept)
         if part.needs_scrub:
             self._cache.scrub(slot_of(part.request))
-        if not part.request.params.draft:
-            return  # nobody will ask for its hidden states
-        if output.hidden and kept:
-            rows = [first_row + row for row in kept]
-            part.request.features.append((output.hidden, rows))
 
     def _append(self, part: _Part, verdict: Verdict, logits: torch.Tensor, start: int) -> None:
         request, tree = part.request, part.draft.proposal.tree

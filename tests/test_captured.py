@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dspark.captured import Captured, rows_of, side_by_side
+from dspark import captured
+from dspark.captured import Captured, parts_of, rows_of, side_by_side
 
 LAYERS = (-1, 2, 7)
 CPU = torch.device("cpu")
@@ -46,3 +47,31 @@ def test_nothing_has_no_rows_and_no_layers():
     assert not Captured([])
     with pytest.raises(KeyError):
         Captured([({0: torch.ones(1, 2)}, [0])])[1]
+
+
+def test_asking_for_a_layer_gathers_nothing(monkeypatch):
+    own = Captured([({0: torch.randn(5, 8)}, [0, 2])] * 3)
+    monkeypatch.setattr(captured, "_picked", None)
+    assert 0 in own
+    assert 1 not in own
+    assert 0 not in Captured([])
+
+
+def kept_bytes(parts):
+    storages = {rows.untyped_storage() for hidden, _ in parts for rows in hidden.values()}
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+@pytest.mark.parametrize("size", [5, 32, 33, 500])
+def test_parts_of_a_forward(size):
+    hidden = {layer: torch.randn(size, 3) for layer in LAYERS}
+    wanted = [[0], range(1, size - 3), [size - 3, size - 1]]
+    parts = parts_of(hidden, wanted)
+    for rows, part in zip(wanted, parts, strict=True):
+        for layer in LAYERS:
+            assert torch.equal(Captured([part])[layer], hidden[layer][list(rows)])
+    whole, few = size * 3 * 4 * len(LAYERS), 3 * 3 * 4 * len(LAYERS)
+    assert kept_bytes(parts[1:2]) == whole
+    assert kept_bytes(parts[::2]) == (few if size > 32 else whole)
+    assert parts_of({}, wanted[:1]) == [({}, wanted[0])]
+    assert parts_of(hidden, []) == []

@@ -37,11 +37,13 @@ def scaled_argmax(
 
     Returns:
         The tokens; None where rows lie elsewhere than in host memory, in another dtype than
-        float32 or narrow, or a row is none that a token can be drawn from.
+        float32 or narrow, a row is none that a token can be drawn from, or one pass does not tell.
     """
     is_here = logits.device.type == "cpu" and logits.dtype is torch.float32
     if not is_here or not 0 < len(states) <= _MOST_ROWS or logits.shape[1] <= NARROW:
         return None
+    if any(scale != 1 and np.float32(scale) == 1 for scale in scales):
+        return None  # the kernel, to which these are 1, does not shape as torch does
     library = noise_library()
     rows: NDArray[np.float32] = logits.detach().numpy()
     if library is None or not rows.flags.c_contiguous:
@@ -54,10 +56,12 @@ def scaled_argmax(
         if not 0 < count <= close.room or not abs(top) <= noise.LARGE:
             return None
         ids = close.ids[r, :count]
-        if count > 1:  # else no other token can be the best, however its noise is rounded
-            values = rows[r, ids]
-            if scales[r] != 1:
-                values = (values - np.float32(close.most[r])) / np.float32(scales[r])
-            ids, _ = noise.ranked(values, states[r], ids)
+        values = rows[r, ids]
+        if scales[r] != 1:
+            values = (values - np.float32(close.most[r])) / np.float32(scales[r])
+        ids, exact = noise.ranked(values, states[r], ids)
+        if exact[0] < top - noise.SLACK / 2:
+            # Vectors hold the lowest noise too high, so `top` may be, and the best be left out.
+            return None
         tokens.append(int(ids[0]))
     return tokens

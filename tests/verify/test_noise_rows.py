@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from dspark.request import Rule, SamplingParams
 from dspark.tree import Proposal
 from dspark.tree_build import chain
 from dspark.verify import noise_rows, noise_vectors, verifier
-from dspark.verify.noise import NoiseKey, Stream, perturbed_argmax, state_of, states_of
+from dspark.verify.noise import NoiseKey, Stream, gumbel, perturbed_argmax, state_of, states_of
 from dspark.verify.noise_native import noise_library
 from dspark.verify.noise_rows import scaled_argmax
 from dspark.verify.sampling import scale_of, shape_logits
@@ -54,6 +55,38 @@ def test_the_tokens_are_those_of_shaped_rows(size, seed, spread, temperatures):
     scales = [scale_of(own) for own in params]
     found = scaled_argmax(rows, scales, states_of(keys, Stream.COUPLED, positions))
     assert found == slowly(rows, params, keys, positions)
+
+
+@pytest.mark.parametrize("position", [1998, 6018, 13383])
+def test_the_lowest_noise_leaves_out_no_token(position):
+    """The likelier of two tokens has noise lower than vectors hold it, so that the other is drawn."""
+    row = torch.full((1, 1024), -50.0)
+    row[0, [7, 9]] = torch.tensor([10.0, 8.0])
+    own = SamplingParams(temperature=1.0)
+    beside = replace(own, top_k=5)
+
+    def job(start, params):
+        key = NoiseKey(0)
+        return VerifyJob(
+            start=start, params=params, rule=Rule.COUPLED, noise=key, position=position
+        )
+
+    alone = verify(row, [job(0, own)])[0]
+    together = verify(row.repeat(2, 1), [job(0, own), job(1, beside)])[0]
+    assert slowly(row, [own], [NoiseKey(0)], [position]) == [9]
+    assert (alone.closing, together.closing) == (9, 9)
+
+
+def test_temperatures_that_are_one_in_single_precision():
+    """They shape a row, in double precision; near-ties tell."""
+    params, key = SamplingParams(temperature=1 + 1e-9), NoiseKey(5)
+    for position in range(200):
+        first, second = gumbel(key, position, [3, 4])
+        row = torch.full((1, 600), -60.0)
+        row[0, [0, 3, 4]] = torch.tensor([0.7, -1.3, float(-1.3 + first - second)])
+        states = states_of([key], Stream.COUPLED, [position])
+        found = scaled_argmax(row, [scale_of(params)], states)
+        assert found in (None, slowly(row, [params], [key], [position]))
 
 
 def test_many_draws_follow_the_law():
