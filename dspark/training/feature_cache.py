@@ -5,8 +5,8 @@
 
 A part holds the features of some samples: `<sample>/hidden` and `/final` in bfloat16, `/total` in
 float32 and `/best` in int32, where a sample is named by a checksum of its tokens. The key is one of
-the target, the captured layers and the temperature. So other runs with the same ones use the
-features too, also where data came or went. Parts are read by memory map.
+the target and its weights, the captured layers and the temperature. So other runs with the same
+ones use the features too, also where data came or went. Parts are read by memory map.
 """
 
 from __future__ import annotations
@@ -28,13 +28,37 @@ from dspark.errors import CheckpointError
 from dspark.training.features import Features
 from dspark.training.world import ALONE, World
 
-__all__ = ["STORED", "FeatureCache"]
+__all__ = ["STORED", "FeatureCache", "weights_checksum"]
 
 STORED = torch.bfloat16
 """What hidden states are kept in."""
 
 _PART_BYTES = 256 << 20
 _NAMES = ("hidden", "final", "total", "best")
+_SLICES = 64
+_SLICE_BYTES = 64 << 10
+
+
+def weights_checksum(folder: Path) -> str:
+    """Checksum of slices spread over a model's weight files.
+
+    Names, sizes and beginnings of files, which identify a model elsewhere, may be those of another
+    one that was fine-tuned in its last layers alone. Features are kept for long and are many, so
+    this looks further; files of up to 4 MiB are read whole.
+
+    Args:
+        folder: Of the model.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        room = max(0, size - _SLICE_BYTES)
+        digest.update(f"{path.name}:{size}:".encode())
+        with path.open("rb") as file:
+            for start in dict.fromkeys(room * i // (_SLICES - 1) for i in range(_SLICES)):
+                file.seek(start)
+                digest.update(file.read(_SLICE_BYTES))
+    return digest.hexdigest()
 
 
 class FeatureCache:

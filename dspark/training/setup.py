@@ -19,7 +19,7 @@ from dspark.registry import LoadOptions, load_target
 from dspark.target import SharesHeadRows, Target
 from dspark.training.build import build_module, draft_config
 from dspark.training.build_unrolled import build_unrolled, unrolled_config
-from dspark.training.feature_cache import STORED, FeatureCache
+from dspark.training.feature_cache import STORED, FeatureCache, weights_checksum
 from dspark.training.features import Features, TargetRunner
 from dspark.training.kinds import BlockDraft, TrainedDraft, UnrolledDraft
 from dspark.training.recipe import Recipe
@@ -137,7 +137,8 @@ def prepare(recipe: Recipe, *, device: str = "auto", world: World = ALONE) -> Se
     draft.to(place)
     draft.module.train()
     described = describe_model(recipe.target)
-    source = _feature_source(recipe, target, described, draft.target_layers, world)
+    about = {**described, "weights": None if run.cache is None else weights_checksum(folder)}
+    source = _feature_source(recipe, target, about, draft.target_layers, world)
     return Setup(
         recipe=recipe,
         target=target,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dspark.verify import noise
 from dspark.verify.noise_native import noise_library
-from dspark.verify.noise_vectors import NARROW, noise_vectors
+from dspark.verify.noise_vectors import HELD, NARROW, noise_vectors
 
 __all__ = ["scaled_argmax"]
 
@@ -56,6 +56,9 @@ def scaled_argmax(
         if not 0 < count <= close.room or not abs(top) <= noise.LARGE:
             return None
         ids = close.ids[r, :count]
+        if count == 1 and vectors[r][ids[0]] > HELD:
+            tokens.append(int(ids[0]))  # no other token can be the best
+            continue
         values = rows[r, ids]
         if scales[r] != 1:
             values = (values - np.float32(close.most[r])) / np.float32(scales[r])

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from dspark.verify.noise_native import noise_library
 from dspark.verify.noise_words import CHUNK, mix_array, vocabulary_words
 
-__all__ = ["NARROW", "UNIT", "forget_vectors", "noise_vector", "noise_vectors"]
+__all__ = ["HELD", "NARROW", "UNIT", "forget_vectors", "noise_vector", "noise_vectors"]
 
 HalfArray = NDArray[np.float32]
 
@@ -29,6 +29,8 @@ UNIT = 2.0**-53
 
 _CACHED = 64  # 12 MiB at V = 49 152, 64 MiB at V = 262 144
 _CLAMP = np.float32(1 - 2.0**-10)
+HELD = -1.93
+"""Noise is held to some more than -1.94, by `_CLAMP`; above this it is what it should be."""
 
 _kept: OrderedDict[tuple[int, int], HalfArray] = OrderedDict()
 _lock = threading.Lock()

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from dspark.adapters.quantise import quantise_modules
 from dspark.errors import CheckpointError
 from dspark.target import SharesHeadRows
-from dspark.training.feature_cache import FeatureCache
+from dspark.training.feature_cache import FeatureCache, weights_checksum
 from dspark.training.features import TargetRunner
 from dspark.training.progress import SilentReporter
 from dspark.training.samples import Sample
@@ -165,6 +165,30 @@ def test_processes_of_one_run_read_each_other_s_parts(tmp_path):
     found = other[0].get(samples())
     assert other[1].seen == [[9]]
     assert torch.equal(found[1].hidden, made[1].hidden)
+
+
+@pytest.mark.parametrize("place", [0, 300_000, 3_999_999])
+def test_weights_are_told_apart_wherever_they_differ(tmp_path, place):
+    data = bytearray(4_000_000)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(data)
+    before = weights_checksum(tmp_path)
+    assert before == weights_checksum(tmp_path)
+    data[place] = 1
+    file.write_bytes(data)
+    assert weights_checksum(tmp_path) != before
+
+
+def test_a_target_with_other_weights_at_the_end_has_features_of_its_own(tmp_path):
+    recipe = make_run(tmp_path, run_cache=str(tmp_path / "cache"))
+    for _ in range(2):
+        prepare(recipe, device="cpu")
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    file = tmp_path / "target" / "model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    prepare(recipe, device="cpu")
+    assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 # -- a rounded target -------------------------------------------------------------------------

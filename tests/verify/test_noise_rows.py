@@ -59,7 +59,7 @@ def test_the_tokens_are_those_of_shaped_rows(size, seed, spread, temperatures):
 
 @pytest.mark.parametrize("position", [1998, 6018, 13383])
 def test_the_lowest_noise_leaves_out_no_token(position):
-    """The likelier of two tokens has noise lower than vectors hold it, so that the other is drawn."""
+    """The likelier of two has noise lower than vectors hold it, so that the other one is drawn."""
     row = torch.full((1, 1024), -50.0)
     row[0, [7, 9]] = torch.tensor([10.0, 8.0])
     own = SamplingParams(temperature=1.0)
