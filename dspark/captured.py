@@ -78,7 +78,8 @@ def parts_of(hidden: Mapping[int, Tensor], wanted: Sequence[Sequence[int]]) -> l
     picked = [row for i in few for row in wanted[i]]
     if not picked:
         return parts
-    own = {layer: rows[picked] for layer, rows in hidden.items()}
+    index = torch.tensor(picked)
+    own = {layer: rows[index.to(rows.device)] for layer, rows in hidden.items()}
     start = 0
     for i in few:
         stop = start + len(wanted[i])

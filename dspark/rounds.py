@@ -218,16 +218,15 @@ class RoundRunner:
             if verdict is not None and not part.is_prefill:
                 kept = [0, *(1 + node for node in verdict.path)]
             self._commit(part, kept)
-            if request.params.draft and kept:  # else nobody will ask for its hidden states
+            if output.hidden and request.params.draft and kept:  # else nobody asks for these
                 captured.append((request, [first_row + row for row in kept]))
             if part.ends_prefill:
                 request.phase = Phase.DECODE
             if verdict is not None:
                 self._append(part, verdict, output.logits, start)
-        if output.hidden:
-            shares = parts_of(output.hidden, [rows for _, rows in captured])
-            for (request, _), share in zip(captured, shares, strict=True):
-                request.features.append(share)
+        shares = parts_of(output.hidden, [rows for _, rows in captured])
+        for (request, _), share in zip(captured, shares, strict=True):
+            request.features.append(share)
 
     def _job(self, part: _Part, start: int) -> VerifyJob:
         request = part.request

@@ -15,7 +15,7 @@ Letters: B requests, S slots of a block, N rows, D hidden size, V vocabulary, Vd
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -193,10 +193,12 @@ class DSparkDrafter:
                 limits = self.config.limits(context, self._module.config.gamma)
                 jobs[place] = _Job(context, cache, limits)
         if jobs:
-            blocks = self._run(list(jobs.values()))
-            live = [] if self._grow(list(jobs.values())) else self._sound(jobs.values(), blocks)
-            if live:
-                anchors = [job.context.tokens[-1] for job in jobs.values()]
+            live = list(jobs.values())
+            blocks = self._run(live)
+            if self._grow(live):
+                live = []
+            else:
+                anchors = [job.context.tokens[-1] for job in live]
                 tokens = torch.tensor(anchors, device=self._device)
                 blocks.start = self._start(blocks.hidden, tokens)
             while live := [job for job in live if job.advance()]:
@@ -240,16 +242,6 @@ class DSparkDrafter:
         for row, job in enumerate(jobs):
             job.row = row
         return _Blocks(hidden, base)
-
-    def _sound(self, jobs: Iterable[_Job], blocks: _Blocks) -> list[_Job]:
-        """Those whose base logits are finite. A runner that grows trees sees to it itself."""
-        sound = []
-        for job, top in zip(jobs, blocks.base.amax(dim=(1, 2)).tolist(), strict=True):
-            if top - top == 0:  # false for NaN and infinities
-                sound.append(job)
-            else:
-                self._warn("the draft's output is not finite", "nothing is drafted.")
-        return sound
 
     def _start(self, hidden: Tensor, anchors: Tensor) -> Tensor | None:
         """States [B, S] of the sequential head where the first prediction begins."""

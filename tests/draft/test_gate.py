@@ -195,7 +195,14 @@ def test_the_engine_says_whether_to_save_time_and_texts_stay(auto_off):
     assert drafter.saves_time is inner.saves_time is auto_off
 
 
-def test_the_engine_says_what_a_node_takes():
+@pytest.mark.parametrize(
+    ("seconds", "price"),
+    [
+        (lambda rows: 0.01 + 0.001 * rows + 1e-6 * rows**2, 0.001 + 1e-6 * (9**2 - 1) / 8),
+        (lambda rows: 0.02 - 0.0005 * rows, 0.0),  # nine rows were measured to take less than one
+    ],
+)
+def test_the_engine_says_what_a_node_takes(seconds, price):
     seen = []
 
     class Listener(Fixed):
@@ -203,26 +210,8 @@ def test_the_engine_says_what_a_node_takes():
             seen.extend(context.node_seconds for context in contexts)
             return super().propose(contexts)
 
-    config = dspark.EngineConfig(
-        auto_off=False, step_seconds=lambda rows, _: 0.01 + 0.001 * rows + 1e-6 * rows**2
-    )
+    config = dspark.EngineConfig(auto_off=False, step_seconds=lambda rows, _: seconds(rows))
     target = random_target("llama", exact=True, layers=2)
     engine = dspark.Engine(target, drafter=Listener("one", [7, 8]), config=config)
     engine.generate([[5, 9, 31, 7]], dspark.SamplingParams(max_tokens=6, ignore_eos=True))
-    assert seen[0] == pytest.approx(0.001 + 1e-6 * (9**2 - 1) / 8)
-
-
-def test_a_node_takes_no_less_than_nothing():
-    """Where nine rows were measured to take less than one."""
-    seen = []
-
-    class Listener(Fixed):
-        def propose(self, contexts):
-            seen.extend(context.node_seconds for context in contexts)
-            return super().propose(contexts)
-
-    config = dspark.EngineConfig(auto_off=False, step_seconds=lambda rows, _: 0.02 - 0.0005 * rows)
-    target = random_target("llama", exact=True, layers=2)
-    engine = dspark.Engine(target, drafter=Listener("one", [7, 8]), config=config)
-    engine.generate([[5, 9, 31, 7]], dspark.SamplingParams(max_tokens=6, ignore_eos=True))
-    assert seen[0] == 0
+    assert seen[0] == pytest.approx(price)

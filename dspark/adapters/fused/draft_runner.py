@@ -136,7 +136,7 @@ class FusedRunner:
         self._rope = torch.empty(0, 2, self._head_dim // 2)
         self._base = self._hidden = torch.empty(0)
         self._growth: Growth | None = None
-        self._confidence: tuple[()] | _Confidence | None = None  # None before it was asked for
+        self._confidence = _confidence_of(module)
 
     def use_heads(self) -> None:
         """Take the module's heads as they are packed now; what is not packed is left to torch."""
@@ -320,13 +320,11 @@ class FusedRunner:
         if self._growth is None:
             return None
         sure, of_token = None, None
-        if any(ask.rating is not None and ask.rating.reads_confidence for ask in asks):
-            if self._confidence is None:
-                self._confidence = _confidence_of(self._module)
-            if self._confidence:
-                weight, bias, of_token = self._confidence
-                # numpy, as in the decoder: operations of torch are slow to begin after a forward.
-                sure = np.ascontiguousarray(self._hidden.numpy() @ weight + bias)
+        is_read = any(ask.rating is not None and ask.rating.reads_confidence for ask in asks)
+        if is_read and self._confidence is not None:
+            weight, bias, of_token = self._confidence
+            # numpy, as in the decoder: operations of torch are slow to begin after a forward.
+            sure = np.ascontiguousarray(self._hidden.numpy() @ weight + bias)
         return self._growth.grow(asks, self._base, sure, of_token)
 
     # -- parts --------------------------------------------------------------------------------
@@ -393,10 +391,10 @@ def _panels_from(packed: PackedMatrix, first: int, lanes: int) -> PackedMatrix:
     )
 
 
-def _confidence_of(module: DSparkModule) -> tuple[()] | _Confidence:
+def _confidence_of(module: DSparkModule) -> _Confidence | None:
     head = module.confidence_head
     if head is None:
-        return ()
+        return None
     bias = 0.0 if head.proj.bias is None else float(head.proj.bias)
     weight = head.proj.weight.detach()[0].float().numpy()
     size = len(weight) - head.rank

@@ -6,7 +6,8 @@
 // would. Threads part outputs, rows and heads, never a sum. So a row has the same bits in any
 // company, which the check at load and the tests confirm rather than bring about.
 //
-// Activations are float32. For a bfloat16 model they are rounded wherever the stock modules round.
+// Activations are float32. For a bfloat16 model they are rounded wherever the stock modules round, and
+// kept as bfloat16 between the stages where products take pairs of it (pairs.h).
 // Weights are packed in panels of 2 * LANES outputs, either as float32, or as bfloat16 in pairs of
 // neighbouring inputs that a shift and a mask widen in registers, or that AVX512-BF16 multiplies.
 
